@@ -1,0 +1,114 @@
+"""The command line: `posttrain <command> --flag value …`. Only the chosen command's module is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+
+from posttrain import __version__, config, flags
+from posttrain.types import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb: the module whose `run(config)` does it, a line of help, its flag groups, and whether it trains."""
+
+    module: str
+    purpose: str
+    groups: tuple[type, ...]
+    training: bool = False
+
+
+_TRAIN = (flags.ModelFlags, flags.AdapterFlags, flags.DataFlags)
+COMMANDS: dict[str, Command] = {
+    "pt": Command("train", "continued pretraining on plain text", (*_TRAIN, flags.TextFlags, flags.RunFlags), True),
+    "sft": Command("train", "supervised fine-tuning on conversations", (*_TRAIN, flags.ChatFlags, flags.RunFlags), True),
+    "merge": Command("merge", "adapter + base -> one model folder", (flags.MergeFlags,)),
+    "generate": Command("generate", "answer a file of prompts", (flags.InferenceFlags, flags.GenerateFlags, flags.SamplingFlags)),
+    "chat": Command("chat", "talk to a model in the terminal", (flags.InferenceFlags, flags.SamplingFlags)),
+    "show": Command(
+        "show", "print rows as the model sees them, trained tokens in colour",
+        (flags.ShowFlags, flags.ShowModelFlags, flags.DataFlags, flags.ChatFlags, flags.ShowTextFlags),
+    ),
+    "convert": Command("convert", "any data format -> canonical JSONL", (flags.ConvertFlags,)),
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit code 0, or 2 with one line on standard error for a user's mistake."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"posttrain: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("posttrain: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"posttrain {__version__}")
+        return 0
+    name = words.pop(0)
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    if "-h" in words or "--help" in words:
+        print(command_help(name, everything="--all" in words))
+        return 0
+    parsed = config.parse(name, command.groups, command.training, words)
+    for note in parsed.notes:
+        print(f"note: {note}", file=sys.stderr)
+    importlib.import_module(f"posttrain.commands.{command.module}").run(parsed)
+    return 0
+
+
+def overview() -> str:
+    """The text of `posttrain --help`."""
+    lines = ["usage: posttrain <command> [--config FILE.yaml] [--flag value …]", "", "commands:"]
+    lines += [f"  {name:<9} {command.purpose}" for name, command in COMMANDS.items()]
+    lines += ["", "posttrain <command> --help   the flags of one command, grouped by purpose"]
+    lines += ["posttrain --version          the version"]
+    return "\n".join(lines)
+
+
+def command_help(name: str, everything: bool = False) -> str:
+    """The text of `posttrain <name> --help`; `everything` adds the library's fields one by one."""
+    command = COMMANDS[name]
+    lines = [f"usage: posttrain {name} [--config FILE.yaml] [--flag value …]", "", command.purpose]
+    owner = ""
+    library: list[str] = []
+    for option in config.options_of(command.groups, command.training).values():
+        if option.owner == config.LIBRARY_OWNER and not everything:
+            library.append(option.name)
+            continue
+        if option.owner != owner:
+            owner = option.owner
+            lines += ["", f"{owner}:"]
+        lines.append(_option_line(option))
+    if library:
+        text = f"every field of {config.LIBRARY_OWNER} ({len(library)}): {', '.join(library)}. `--help --all` explains each."
+        lines += ["", "Training:", *textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="  ")]
+    return "\n".join(lines)
+
+
+def _option_line(option: config.Option) -> str:
+    value = "|".join(option.choices) or {"bool": "True|False", "many": "a b …"}.get(option.takes, "")
+    head = f"  --{option.name} {value}".rstrip()
+    default = "required" if option.default is MISSING else f"default: {option.default}"
+    show_default = option.default is not None and "[default:" not in option.help
+    text = option.help + (f" [{default}]" if show_default else "")
+    body = textwrap.wrap(text, 110, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join([head, *body])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

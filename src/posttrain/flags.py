@@ -1,0 +1,190 @@
+"""Every flag of our own, grouped by who uses it. A flag, a YAML key and the name in the docs are the same word.
+
+The classes are read by `config.py` (parsing, origins), by `--help` (grouped by the class docstring) and by the docs. The
+order of fields is the order of the help. Fields of `transformers.TrainingArguments` are accepted beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field with its help string; `REQUIRED` marks a flag without a default."""
+    if default is REQUIRED:
+        return dataclasses.field(metadata={"help": help}, kw_only=True)
+    return dataclasses.field(default=default, metadata={"help": help}, kw_only=True)
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Model"""
+
+    model_name_or_path: str = flag(REQUIRED, "Base model: a folder, a hub name, or smollm2-135m-instruct (needs no hub).")
+    tokenizer_name_or_path: str | None = flag(None, "Tokenizer to use instead of the model's own.")
+    model_type: str | None = flag(None, "Architecture the model must have (llama, qwen2, …); checked against its config.")
+    model_revision: str | None = flag(None, "Branch, tag or commit of a hub model.")
+    cache_dir: str | None = flag(None, "Folder for downloads and prepared data. [default: $POSTTRAIN_CACHE or ~/.cache/posttrain]")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "Type of the loaded weights. auto: bfloat16 for a frozen base where the hardware has it, else float32."
+    )
+    trust_remote_code: bool = flag(False, "Run Python code that comes with the model. Off: such a model is refused.")
+    padding_free: bool = flag(
+        True, "Compute examples as segments of one row without padding, where the model allows it exactly. False: padded batches."
+    )
+
+
+@dataclass(frozen=True)
+class AdapterFlags:
+    """Adapter (LoRA)"""
+
+    use_peft: bool = flag(True, "Train a LoRA adapter on the frozen base. False: train all weights.")
+    lora_rank: int = flag(8, "Rank r of the adapter's matrices.")
+    lora_alpha: float = flag(16.0, "Scale: the adapter's product is multiplied by alpha / r (alpha / sqrt(r) with --use_rslora).")
+    lora_dropout: float = flag(0.0, "Dropout on the adapter's input, in [0, 1). 0: none, and the fused kernels can be used.")
+    target_modules: str = flag("all", "Layers to adapt: all (every linear layer but the output head), or names a,b,c.")
+    modules_to_save: str | None = flag(None, "Layers to train in full beside the adapter, e.g. embed_tokens,lm_head.")
+    use_rslora: bool = flag(False, "Rank-stabilised scale alpha / sqrt(r) (arXiv 2312.03732).")
+    use_dora: bool = flag(False, "Weight-decomposed adapter, DoRA (arXiv 2402.09353): slower, often better at low rank.")
+    peft_path: str | None = flag(None, "Adapter to go on training from (weights only; --resume_from_checkpoint restores everything).")
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Data"""
+
+    train_file_dir: str | None = flag(None, "Training data: a file, a folder (read recursively), or several a,b,c.")
+    validation_file_dir: str | None = flag(None, "Held-out data, named like --train_file_dir.")
+    dataset_name: str | None = flag(None, "Training data from a hub dataset or a local dataset folder.")
+    dataset_config_name: str | None = flag(None, "Configuration of --dataset_name.")
+    dataset_weights: str | None = flag(None, "Sampling weights of several datasets, in their order: 0.7,0.3.")
+    data_format: str = flag("auto", "Format of the rows, or auto: detected row by row. `posttrain convert --help` lists them.")
+    validation_split_percentage: float = flag(0.0, "Share of the training rows held out when no validation data is named, in percent.")
+    max_train_samples: int = flag(-1, "Use only the first n good training rows. -1: all.")
+    max_eval_samples: int = flag(-1, "Use only the first n good held-out rows. -1: all.")
+    bad_rows: Literal["error", "skip"] = flag("error", "On a row that cannot be used: stop and name it, or skip, count and name it.")
+    preprocessing_num_workers: int = flag(1, "Processes that read and tokenize. The result does not depend on it.")
+    overwrite_cache: bool = flag(False, "Prepare the data anew even if the same files were prepared before.")
+
+
+@dataclass(frozen=True)
+class ChatFlags:
+    """Template and length"""
+
+    template_name: str | None = flag(
+        None, "Chat template: a name (`posttrain show --help`), a .jinja file, or none: the tokenizer's own, else vicuna."
+    )
+    model_max_length: int = flag(1024, "Longest example in tokens; longer ones are cut at a turn boundary and counted.")
+    packing: bool = flag(
+        False, "Fill rows of --model_max_length tokens with several examples (best fit); the batch size then counts rows, not examples."
+    )
+
+
+@dataclass(frozen=True)
+class TextFlags:
+    """Documents"""
+
+    block_size: int = flag(1024, "Row length in tokens: documents are split into pieces of at most this and packed (best fit).")
+    streaming: bool = flag(False, "Read and tokenize while training, for corpora larger than memory. Needs --max_steps.")
+    shuffle_buffer_rows: int = flag(1000, "Rows in the shuffle buffer of a stream. 0: the order of the files.")
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Run folder"""
+
+    overwrite_output_dir: bool = flag(False, "Start over in an --output_dir that already holds a run. Its files are removed.")
+    logging_dir: str | None = flag(None, "Folder of the TensorBoard logs. [default: logs under --output_dir]")
+    audit: bool = flag(True, "After step 1, check that every trainable tensor moved and every frozen one did not.")
+
+
+@dataclass(frozen=True)
+class MergeFlags:
+    """Merge"""
+
+    base_model: str = flag(REQUIRED, "The model the adapter was trained on: a folder, a hub name, or smollm2-135m-instruct.")
+    lora_model: str = flag(REQUIRED, "Folder of the trained adapter.")
+    output_dir: str = flag(REQUIRED, "Folder to write the merged model to.")
+    tokenizer_path: str | None = flag(None, "Tokenizer to save with it. [default: the adapter's own, else the base's]")
+    resize_emb: bool = flag(False, "Resize the base's embeddings to the tokenizer before merging.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "Type of the written weights. auto: the base's.")
+    max_shard_size: str = flag("5GB", "Largest weight file.")
+    trust_remote_code: bool = flag(False, "Run Python code that comes with the model.")
+    overwrite_output_dir: bool = flag(False, "Write into an --output_dir that is not empty.")
+
+
+@dataclass(frozen=True)
+class InferenceFlags:
+    """Model"""
+
+    base_model: str = flag(REQUIRED, "Model to run: a folder, a hub name, or smollm2-135m-instruct.")
+    lora_model: str | None = flag(None, "Adapter to put on it, unmerged.")
+    tokenizer_path: str | None = flag(None, "Tokenizer to use. [default: the adapter's own, else the model's]")
+    template_name: str | None = flag(None, "Chat template. [default: the tokenizer's own: what it was trained with]")
+    system_prompt: str | None = flag(None, "System turn put before every conversation that has none.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "Type of the loaded weights.")
+    trust_remote_code: bool = flag(False, "Run Python code that comes with the model.")
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """Sampling"""
+
+    max_new_tokens: int = flag(512, "Longest answer in tokens.")
+    temperature: float = flag(0.7, "0: always the likeliest token. Higher: more varied.")
+    top_p: float = flag(0.9, "Sample from the likeliest tokens that together hold this probability.")
+    top_k: int = flag(0, "Sample from the k likeliest tokens. 0: no limit.")
+    repetition_penalty: float = flag(1.0, "Above 1: tokens that occurred become less likely (arXiv 1909.05858).")
+    seed: int = flag(42, "Seed of the sampling.")
+
+
+@dataclass(frozen=True)
+class GenerateFlags:
+    """Files"""
+
+    data_file: str = flag(REQUIRED, "Prompts: plain text (one a line) or JSONL in any chat format.")
+    output_file: str = flag(REQUIRED, "JSONL to write, one object a prompt, in the prompts' order.")
+    batch_size: int = flag(8, "Prompts generated together.")
+
+
+@dataclass(frozen=True)
+class ShowFlags:
+    """What to show"""
+
+    stage: Literal["pt", "sft"] = flag("sft", "Whose rows to show.")
+    rows: int = flag(3, "How many rows to print. -1: all.")
+    output_format: Literal["text", "jsonl"] = flag(
+        "text", "text: trained tokens in colour, and a histogram of lengths. jsonl: source, input_ids, trained, text of each row."
+    )
+
+
+@dataclass(frozen=True)
+class ShowModelFlags:
+    """Tokenizer"""
+
+    model_name_or_path: str = flag("smollm2-135m-instruct", "Model whose tokenizer and template are used.")
+    tokenizer_name_or_path: str | None = flag(None, "Tokenizer to use instead of the model's own.")
+    trust_remote_code: bool = flag(False, "Run Python code that comes with the tokenizer.")
+    cache_dir: str | None = flag(None, "Folder for prepared data. [default: $POSTTRAIN_CACHE or ~/.cache/posttrain]")
+
+
+@dataclass(frozen=True)
+class ShowTextFlags:
+    """Documents"""
+
+    block_size: int = flag(1024, "Row length in tokens with --stage pt.")
+
+
+@dataclass(frozen=True)
+class ConvertFlags:
+    """Convert"""
+
+    in_file: str = flag(REQUIRED, "File to convert.")
+    out_file: str = flag(REQUIRED, "JSONL to write (ShareGPT conversations).")
+    data_type: Literal["alpaca", "qa", "sharegpt", "json2jsonl", "auto"] = flag("auto", "Format of the rows.")
+    file_type: Literal["json", "jsonl", "csv", "parquet", "auto"] = flag("auto", "Type of the file. auto: by its name.")
+    bad_rows: Literal["error", "skip"] = flag("skip", "On a row that cannot be used: stop, or skip and count.")

@@ -1,0 +1,140 @@
+"""The flags of `transformers.TrainingArguments`, read from its source without importing it (importing loads torch: seconds).
+
+Three tables say how we treat the ones that are not simply passed on: RENAMED (old words that keep working), REFUSED (what
+would do nothing here, with the reason), and PROVIDED (values that we set ourselves).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from posttrain.types import UserError
+
+
+@dataclass(frozen=True)
+class LibraryFlag:
+    """One field of TrainingArguments. `kind` is how its text is read: bool, int, float, list, dict or str."""
+
+    name: str
+    kind: str
+    default: Any
+    help: str
+
+
+# Old word -> (new word or None, what is said). A None says that nothing is needed any more.
+RENAMED: dict[str, tuple[str | None, str]] = {
+    "evaluation_strategy": ("eval_strategy", ""),
+    "warmup_ratio": ("warmup_steps", "a value below 1 is a share of all steps"),
+    "torch_dtype": ("dtype", ""),
+    "no_cuda": ("use_cpu", ""),
+    "per_gpu_train_batch_size": ("per_device_train_batch_size", ""),
+    "per_gpu_eval_batch_size": ("per_device_eval_batch_size", ""),
+    "model_name": ("model_name_or_path", ""),
+    "max_seq_length": ("model_max_length", ""),
+    "cutoff_len": ("model_max_length", ""),
+    "lora_r": ("lora_rank", ""),
+    "lora_target": ("target_modules", ""),
+    "activation_checkpointing": ("gradient_checkpointing", ""),
+    "activation_checkpointing_kwargs": ("gradient_checkpointing_kwargs", ""),
+    "group_by_length": (None, "rows carry no padding here, so grouping by length has nothing to save"),
+    "train_sampling_strategy": (None, "rows carry no padding here; the order is a seeded shuffle"),
+    "length_column_name": (None, "rows carry no padding here"),
+    "device_map": (None, "the trainer places the model; several GPUs are used through torchrun"),
+    "use_fast_tokenizer": (None, "transformers 5 has one tokenizer per model and picks it"),
+    "ignore_pad_token_for_loss": (None, "padding is never trained on"),
+    "keep_linebreaks": (None, "line breaks inside a document are kept"),
+    "save_safetensors": (None, "weights are always saved as safetensors"),
+    "ddp_find_unused_parameters": (None, "every trainable parameter takes part in every step"),
+    "past_index": (None, "not used by causal language models"),
+    "jit_mode_eval": (None, "removed from transformers"),
+    "use_ipex": (None, "removed from transformers"),
+}
+
+_OWN_LOSS = "the loss here is a sum over target log-probs divided once by the step's weight"
+REFUSED: dict[str, str] = {
+    "label_smoothing_factor": _OWN_LOSS,
+    "average_tokens_across_devices": "always so here: the step is divided by the weight of all ranks",
+    "logging_nan_inf_filter": "a non-finite loss is an error here, never filtered",
+    "include_num_input_tokens_seen": "always counted: see tokens in metrics.jsonl",
+    "prediction_loss_only": "evaluation here returns sums, not predictions",
+    "eval_do_concat_batches": "evaluation here returns sums, not predictions",
+    "eval_use_gather_object": "evaluation here returns sums, not predictions",
+    "eval_accumulation_steps": "evaluation here returns sums, not predictions",
+    "include_for_metrics": "evaluation here returns sums, not predictions",
+    "batch_eval_metrics": "evaluation here returns sums, not predictions",
+    "do_predict": "use `posttrain generate`",
+    "remove_unused_columns": "the columns of a batch are ours",
+    "label_names": "the columns of a batch are ours",
+    "use_liger_kernel": "the fused loss is built in and on",
+    "liger_kernel_config": "the fused loss is built in and on",
+    "auto_find_batch_size": "it would change the update without a word; lower --per_device_train_batch_size",
+    "use_cache": "training never uses the KV cache",
+    "parallelism_config": "not supported",
+    "local_rank": "read from the environment that torchrun sets",
+    "ignore_data_skip": "resume is exact here",
+    "neftune_noise_alpha": "its noise counts the whole packed row as one example",
+}
+
+# Our defaults where the library's do not suit; a flag wins over them.
+DEFAULTS: dict[str, Any] = {
+    "report_to": ["tensorboard"],
+    "logging_steps": 10,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "gradient_checkpointing": False,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "num_train_epochs": 1.0,
+    "dataloader_pin_memory": False,
+    "save_strategy": "epoch",
+}
+
+_KINDS = {"bool": "bool", "int": "int", "float": "float", "dict": "dict", "list": "list"}
+
+
+def _kind(annotation: str) -> str:
+    words = annotation.replace("|", " ").replace("[", " ").replace("]", " ").replace(",", " ").split()
+    for name in ("dict", "list"):
+        if name in words:
+            return name
+    return next((_KINDS[word] for word in words if word in _KINDS), "str")
+
+
+def _field(node: ast.AnnAssign) -> LibraryFlag:
+    name = node.target.id if isinstance(node.target, ast.Name) else ""
+    default: Any = None
+    help_text = ""
+    if isinstance(node.value, ast.Call):
+        for keyword in node.value.keywords:
+            if keyword.arg == "default" and isinstance(keyword.value, ast.Constant | ast.UnaryOp):
+                default = ast.literal_eval(keyword.value)
+            if keyword.arg == "metadata":
+                help_text = _metadata_help(keyword.value)
+    return LibraryFlag(name, _kind(ast.unparse(node.annotation)), default, help_text)
+
+
+def _metadata_help(node: ast.expr) -> str:
+    if isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if isinstance(key, ast.Constant) and key.value == "help" and isinstance(value, ast.Constant):
+                return " ".join(str(value.value).replace("%%", "%").split())
+    return ""
+
+
+@cache
+def library_flags() -> dict[str, LibraryFlag]:
+    """Every field of the installed TrainingArguments by name, refused ones included. UserError when transformers is missing."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("transformers is not installed: pip install posttrain installs it")
+    source = Path(next(iter(spec.submodule_search_locations)), "training_args.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
+            fields = [_field(n) for n in node.body if isinstance(n, ast.AnnAssign)]
+            return {f.name: f for f in fields if not f.name.startswith("_")}
+    raise UserError("this transformers has no TrainingArguments: posttrain needs transformers >= 5.17 and < 6")

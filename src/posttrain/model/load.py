@@ -1,0 +1,240 @@
+"""Base model and tokenizer from a name or folder: precision, RoPE scaling, 4/8-bit, tokenizer repair, vocabulary growth."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from posttrain.model.embedded import resolve_model
+from posttrain.types import UserError
+
+logger = logging.getLogger(__name__)
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+Quantization = Literal["4bit", "8bit"]
+
+# Tokens that a vocabulary already holds and that no conversation contains, best first.
+PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>", "<unk>", "<s>")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Longer context by stretching rotary positions. Without `factor` it is derived from `context_tokens`."""
+
+    kind: Literal["linear", "dynamic", "yarn", "llama3"]
+    factor: float | None = None
+    context_tokens: int | None = None
+
+
+def hardware_dtype() -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, float32 otherwise."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_tokenizer(
+    name_or_path: str, *, padding_side: Literal["left", "right"] = "right", trust_remote_code: bool = False, revision: str = "main"
+) -> Any:
+    """The tokenizer, with missing end and padding tokens filled in; each repair is logged.
+
+    `padding_side` is "right" for training and "left" for generation. Masks are explicit everywhere, so a padding token that
+    equals the end token is never taken for padding.
+    """
+    folder = resolve_model(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name_or_path}: cannot load a tokenizer ({_first_line(error)})") from error
+    tokenizer.padding_side = padding_side
+    if tokenizer.eos_token_id is None:
+        _repair_eos(tokenizer, name_or_path, _declared_eos(folder))
+    if tokenizer.pad_token_id is None:
+        _repair_pad(tokenizer, name_or_path)
+    return tokenizer
+
+
+def _declared_eos(folder: str) -> int | None:
+    """The end token that config.json or generation_config.json of a local folder names."""
+    for file in (Path(folder) / "generation_config.json", Path(folder) / "config.json"):
+        if file.is_file():
+            eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            eos = eos[0] if isinstance(eos, list) and eos else eos
+            if isinstance(eos, int):
+                return eos
+    return None
+
+
+def _repair_eos(tokenizer: Any, name: str, declared: int | None) -> None:
+    token = tokenizer.convert_ids_to_tokens(declared) if declared is not None else None
+    if token is None:
+        raise UserError(f"{name}: the tokenizer names no end token and neither does the model's config; add eos_token to it")
+    tokenizer.eos_token = token
+    logger.warning("%s: the tokenizer has no end token; took %r from the model's config", name, token)
+
+
+def _repair_pad(tokenizer: Any, name: str) -> None:
+    vocabulary = tokenizer.get_vocab()
+    unused = [t for t in PAD_CANDIDATES if t in vocabulary and t not in (tokenizer.eos_token, tokenizer.bos_token)]
+    tokenizer.pad_token = unused[0] if unused else tokenizer.eos_token
+    logger.warning("%s: the tokenizer has no padding token; took %r", name, tokenizer.pad_token)
+
+
+def load_model(
+    name_or_path: str,
+    dtype: DType = "auto",
+    *,
+    quantization: Quantization | None = None,
+    rope: RopeScaling | None = None,
+    trust_remote_code: bool = False,
+    revision: str = "main",
+    device_map: str | dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A causal language model, read shard by shard straight into `dtype` (peak memory: the model and one tensor).
+
+    Raises UserError for a folder that is none, an architecture that is not a causal language model, weights that are missing.
+    """
+    folder = resolve_model(name_or_path)
+    config = _load_config(name_or_path, folder, trust_remote_code, revision)
+    if rope is not None:
+        scale_rope(config, rope)
+    chosen = hardware_dtype() if dtype == "auto" else getattr(torch, dtype)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "device_map": device_map}
+    if quantization is not None:
+        options["quantization_config"] = _quantization_config(quantization, chosen)
+        # Each rank of a distributed run holds the whole quantised model on its own device.
+        options["device_map"] = device_map or {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=chosen, output_loading_info=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name_or_path}: cannot load the model ({_first_line(error)})") from error
+    parameters = {name for name, _ in model.named_parameters()}
+    if missing := sorted(parameters & set(info["missing_keys"])):
+        raise UserError(f"{name_or_path}: {len(missing)} weights are not in the folder, the first is {missing[0]}")
+    if quantization is not None:
+        sizes = ", ".join(f"{name} {size:,} bytes" for name, size in bytes_by_dtype(model).items())
+        logger.info("%s in %s: %s", name_or_path, quantization, sizes)
+    return model
+
+
+def _load_config(name: str, folder: str, trust_remote_code: bool, revision: str) -> Any:
+    path = Path(folder)
+    if path.is_dir() and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UserError(f"{name}: holds an adapter, not a model; name its base model, and this folder as the adapter")
+        raise UserError(f"{name}: no config.json in it, so it is not a model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name}: cannot read its config ({_first_line(error)}); name a local folder, a model of a reachable hub, or"
+            " smollm2-135m-instruct, which needs no hub"
+        ) from error
+    _check_causal(name, config)
+    return config
+
+
+def _check_causal(name: str, config: Any) -> None:
+    """A model with another head would load, with a random language-model head, and train on nonsense."""
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    mapped = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config))
+    classes = mapped if isinstance(mapped, tuple) else (mapped,)
+    expected = {cls.__name__ for cls in classes if cls is not None}
+    actual = set(config.architectures or expected)
+    if not expected & actual:
+        found = ", ".join(sorted(actual)) or config.model_type
+        wanted = f"expected {' or '.join(sorted(expected))}" if expected else f"{config.model_type} has none"
+        raise UserError(f"{name}: is a {found}, not a causal language model ({wanted})")
+
+
+def scale_rope(config: Any, rope: RopeScaling) -> None:
+    """Write RoPE scaling into a config, in place (transformers' `rope_parameters`; sources: its modeling_rope_utils).
+
+    linear, yarn and llama3 stretch from the trained length to `factor` times it; dynamic (NTK) derives its base from the
+    length at hand and so keeps `max_position_embeddings`.
+    """
+    trained_tokens = getattr(config, "max_position_embeddings", None)
+    current = getattr(config, "rope_parameters", None)
+    if not current or not trained_tokens:
+        raise UserError(f"--rope_scaling {rope.kind}: {config.model_type} has no rotary position embedding")
+    nested = config.nested_rope_parameter_keys(current)
+    if nested and not current.get("full_attention"):
+        raise UserError(f"--rope_scaling {rope.kind}: {config.model_type} has rotary settings per layer kind ({', '.join(nested)})")
+    target = current["full_attention"] if nested else current
+    if target["rope_type"] != "default":
+        raise UserError(f"--rope_scaling {rope.kind}: the model is already scaled ({target['rope_type']}); leave the flag out")
+    factor = rope.factor or math.ceil((rope.context_tokens or 0) / trained_tokens)
+    if factor <= 1:
+        raise UserError(f"--rope_scaling {rope.kind}: the model already reads {trained_tokens} tokens; raise --model_max_length")
+    target |= {"rope_type": rope.kind, "factor": float(factor)}
+    if rope.kind in ("yarn", "llama3"):
+        target["original_max_position_embeddings"] = trained_tokens
+    if rope.kind == "llama3":
+        target |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if rope.kind != "dynamic":
+        config.max_position_embeddings = int(trained_tokens * factor)
+
+
+def _quantization_config(quantization: Quantization, compute: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation (QLoRA, arXiv 2305.14314) or LLM.int8()."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"loading in {quantization} needs bitsandbytes; run: pip install 'posttrain[quant]'") from error
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def resize_embeddings(model: PreTrainedModel, tokenizer: Any) -> int:
+    """Grow the embedding and output head to hold every id of the tokenizer; returns the number of new rows.
+
+    A new row is the mean of the old ones, so that a new token starts about as likely as an average one. Never shrinks: models
+    pad their vocabulary for speed.
+    """
+    old = model.get_input_embeddings().weight.shape[0]
+    added = len(tokenizer) - old
+    if added <= 0:
+        return 0
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    heads = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for weight in {id(head.weight): head.weight for head in heads if head is not None}.values():
+            weight[old:] = weight[:old].float().mean(0).to(weight.dtype)
+    logger.info("vocabulary grown from %d to %d rows; new rows start as the mean of the old", old, len(tokenizer))
+    return added
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Raises UserError when the tokenizer has ids that the embedding lacks."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens but the model's embedding {rows} rows; use --resize_emb True")
+
+
+def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
+    """Bytes of the parameters by storage type, largest first; what a quantised load really saved."""
+    sizes: Counter[str] = Counter()
+    for parameter in model.parameters():
+        sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel() * parameter.element_size()
+    return dict(sizes.most_common())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
