@@ -54,6 +54,8 @@ def resolve_model(name_or_path: str) -> str:
     if name_or_path.lower() in EMBEDDED and not os.path.isdir(name_or_path):
         return str(_cached(name_or_path.lower()))
     path = Path(name_or_path).expanduser()
+    if path.is_file():
+        raise UserError(f"{name_or_path}: is a file; a model is a folder with config.json, its weights and its tokenizer")
     if path.exists():
         return str(path) if name_or_path.startswith("~") else name_or_path
     if _looks_like_path(name_or_path):

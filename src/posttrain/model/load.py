@@ -45,7 +45,11 @@ def hardware_dtype() -> torch.dtype:
 
 
 def load_tokenizer(
-    name_or_path: str, *, padding_side: Literal["left", "right"] = "right", trust_remote_code: bool = False, revision: str = "main"
+    name_or_path: str,
+    *,
+    padding_side: Literal["left", "right"] = "right",
+    trust_remote_code: bool = False,
+    revision: str = "main",
 ) -> Any:
     """The tokenizer, with missing end and padding tokens filled in; each repair is logged.
 
@@ -151,7 +155,7 @@ def _check_causal(name: str, config: Any) -> None:
     """A model with another head would load, with a random language-model head, and train on nonsense."""
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return
-    mapped = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config))
+    mapped = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     classes = mapped if isinstance(mapped, tuple) else (mapped,)
     expected = {cls.__name__ for cls in classes if cls is not None}
     actual = set(config.architectures or expected)
@@ -173,7 +177,9 @@ def scale_rope(config: Any, rope: RopeScaling) -> None:
         raise UserError(f"--rope_scaling {rope.kind}: {config.model_type} has no rotary position embedding")
     nested = config.nested_rope_parameter_keys(current)
     if nested and not current.get("full_attention"):
-        raise UserError(f"--rope_scaling {rope.kind}: {config.model_type} has rotary settings per layer kind ({', '.join(nested)})")
+        raise UserError(
+            f"--rope_scaling {rope.kind}: {config.model_type} has rotary settings per layer kind ({', '.join(nested)})"
+        )
     target = current["full_attention"] if nested else current
     if target["rope_type"] != "default":
         raise UserError(f"--rope_scaling {rope.kind}: the model is already scaled ({target['rope_type']}); leave the flag out")
