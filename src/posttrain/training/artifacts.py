@@ -1,0 +1,97 @@
+"""The run folder: what a run was made from, with what settings, and what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain import __version__
+from posttrain.types import UserError
+
+RUN_FILE = "run.json"
+WHOLE_FILE_BYTES = 256 << 20
+SAMPLE_BYTES = 1 << 20
+SAMPLES = 64
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+CONTENT = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+NOT_CONTENT = {RUN_FILE, "ledger.json", "metrics.jsonl", "trainer_state.json", "training_args.bin", "merge_certificate.json"}
+
+
+def open_run_folder(folder: Path, overwrite: bool, resuming: bool) -> None:
+    """Make `folder` ready. UserError when it already holds a run and the user neither resumes nor overwrites it."""
+    if folder.is_file():
+        raise UserError(f"--output_dir {folder}: is a file")
+    holds_run = any((folder / name).exists() for name in (RUN_FILE, "metrics.jsonl", "trainer_state.json"))
+    holds_run = holds_run or any(folder.glob("checkpoint-*"))
+    if holds_run and not resuming:
+        if not overwrite:
+            raise UserError(
+                f"--output_dir {folder} already holds a run: go on with --resume_from_checkpoint auto, start over with"
+                " --overwrite_output_dir True, or name another folder"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def find_checkpoint(folder: Path, wanted: str | None) -> str | None:
+    """The checkpoint to go on from. `auto`: the last whole one if there is any; `True`: it must exist; else a path."""
+    if wanted is None or wanted.lower() == "false":
+        return None
+    if wanted.lower() not in ("auto", "true"):
+        if not Path(wanted, "trainer_state.json").is_file():
+            raise UserError(f"--resume_from_checkpoint {wanted}: not a checkpoint folder (it has no trainer_state.json)")
+        return wanted
+    # trainer_state.json is written last, so a checkpoint that a crash cut short is passed over.
+    whole = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
+    if not whole and wanted.lower() == "true":
+        raise UserError(f"--resume_from_checkpoint True: no whole checkpoint in {folder}")
+    return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a model or adapter folder's content (weights, config, tokenizer, template), independent of where it lies.
+
+    Files up to 256 MiB are read whole, larger ones at 64 evenly spaced places of 1 MiB, with their sizes.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file() and file.suffix in CONTENT and file.name not in NOT_CONTENT:
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}\n".encode())
+            with file.open("rb") as stream:
+                if size <= WHOLE_FILE_BYTES:
+                    digest.update(stream.read())
+                    continue
+                for sample in range(SAMPLES):
+                    stream.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                    digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def parent(name: str, folder: str) -> dict[str, str]:
+    """How a run names what it was made from: the user's word and the content's hash (a hub name has no folder to hash)."""
+    return {"name": name, "hash": content_hash(Path(folder)) if Path(folder).is_dir() else f"hub:{folder}"}
+
+
+def versions() -> dict[str, str]:
+    """Versions of posttrain, Python and the libraries that make up the numbers."""
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"posttrain": __version__, "python": platform.python_version(), **found}
+
+
+def write_run(folder: Path, stage: str, config: Mapping[str, Any], **facts: Any) -> None:
+    """`run.json`: the resolved config, versions, parents and whatever else the stage knows."""
+    content = {"stage": stage, "config": dict(config), "versions": versions(), **facts}
+    (folder / RUN_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def write_results(folder: Path, name: str, metrics: Mapping[str, Any]) -> None:
+    """`<name>_results.txt`, a line `name = value` each, in the order of the names."""
+    text = "".join(f"{key} = {metrics[key]}\n" for key in sorted(metrics))
+    (folder / f"{name}_results.txt").write_text(text, encoding="utf-8")

@@ -1,0 +1,83 @@
+"""The gradient audit: what should train has a gradient and moves; what should not, does not."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from posttrain.types import UserError
+
+AUDIT_STEPS = 3  # the first step has learning rate 0 under warm-up, and LoRA's A has a zero gradient until B has moved
+
+
+def fingerprint(tensor: Tensor) -> tuple[float, float]:
+    """Two sums that change when any element does (up to rounding); cheap, and no copy of the model."""
+    values = tensor.detach().reshape(-1)
+    values = values.view(torch.uint8) if not values.is_floating_point() else values
+    chunks = values.split(1 << 22)
+    total = sum(float(chunk.double().sum()) for chunk in chunks)
+    weighted = sum(
+        float((chunk.double() * torch.arange(1, len(chunk) + 1, device=chunk.device)).sum()) for chunk in chunks
+    )
+    return total, weighted
+
+
+class GradientAudit(TrainerCallback):
+    """Compares every parameter before training and after a few steps. UserError names what is wrong."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, tuple[float, float]] = {}
+        self.no_gradient: set[str] = set()
+        self.steps = 0
+        self.steps_with_rate = 0
+        self.summary = "gradient audit: not run"
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Fingerprint every parameter."""
+        self.before = {name: fingerprint(p) for name, p in kwargs["model"].named_parameters()}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note trainable parameters without a gradient."""
+        if self.before and self.steps == 0:
+            model: nn.Module = kwargs["model"]
+            self.no_gradient = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
+        if self.before and kwargs["optimizer"].param_groups[0]["lr"] > 0:
+            self.steps_with_rate += 1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the audit's last step, compare."""
+        self.steps += 1
+        if self.before and self.steps == AUDIT_STEPS:
+            self.summary = self._compare(kwargs["model"], args)
+            print(self.summary, file=sys.stderr)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A run too short for the whole audit still checks that nothing frozen moved."""
+        if self.before:
+            self.summary = self._compare(kwargs["model"], args)
+
+    def _compare(self, model: nn.Module, args: TrainingArguments) -> str:
+        moved = {n for n, p in model.named_parameters() if fingerprint(p) != self.before[n]}
+        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+        frozen = set(self.before) - trainable
+        self.before = {}
+        if moved & frozen:
+            raise UserError(f"gradient audit: {len(moved & frozen)} frozen tensors moved, the first is {min(moved & frozen)}")
+        sharded = args.deepspeed is not None  # there the gradients live in the engine's own buffers
+        if self.no_gradient and not sharded:
+            raise UserError(
+                f"gradient audit: {len(self.no_gradient)} trainable tensors got no gradient, the first is"
+                f" {min(self.no_gradient)}: it takes no part in the loss; leave it out of --target_modules / --modules_to_save"
+            )
+        still = trainable - moved
+        enough = self.steps_with_rate >= 2
+        if still and enough:
+            raise UserError(f"gradient audit: {len(still)} trainable tensors did not move, the first is {min(still)}")
+        text = f"gradient audit: {len(moved)} of {len(trainable)} trainable tensors moved, {len(frozen)} frozen ones did not"
+        return text if enough else f"{text} (only {self.steps_with_rate} step(s) had a learning rate above 0)"

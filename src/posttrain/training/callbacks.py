@@ -1,0 +1,78 @@
+"""What a run tells while it goes: a progress bar (or lines, when the output is no terminal) and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+METRICS_FILE = "metrics.jsonl"
+SHOWN = ("loss", "eval_loss", "eval_perplexity", "grad_norm", "learning_rate", "tokens_per_second")
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object a log in `metrics.jsonl`. A resumed run first cuts off what lies beyond its checkpoint."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / METRICS_FILE
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the lines up to the step that training goes on from."""
+        if not state.is_world_process_zero or not self.file.is_file():
+            return
+        lines = self.file.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if state.global_step and json.loads(line)["step"] <= state.global_step]
+        self.file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Append the log's values."""
+        if state.is_world_process_zero:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **kwargs["logs"]}) + "\n")
+
+
+class Progress(TrainerCallback):
+    """A bar with steps, ETA, loss and tokens/s; off a terminal one line a log."""
+
+    def __init__(self, bar: bool | None = None):
+        """`bar=None`: a bar when standard error is a terminal."""
+        self.with_bar = sys.stderr.isatty() if bar is None else bar
+        self.bar: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Open the bar at the step that training goes on from."""
+        if state.is_world_process_zero and self.with_bar:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the log's main values."""
+        logs = kwargs["logs"]
+        values = {name: f"{logs[name]:.4g}" for name in SHOWN if name in logs}
+        if not state.is_world_process_zero or not values:
+            return
+        text = "  ".join(f"{name} {value}" for name, value in values.items())
+        if self.bar is not None:
+            self.bar.set_postfix(loss=values["loss"], tokens_per_second=values["tokens_per_second"]) if "loss" in values else None
+            self.bar.write(f"step {state.global_step}  {text}")
+        else:
+            eta = _eta(kwargs.get("eta_seconds"))
+            print(f"step {state.global_step}/{state.max_steps}  {text}{eta}", file=sys.stderr, flush=True)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _eta(seconds: float | None) -> str:
+    return "" if seconds is None else f"  {seconds:.0f} s left"

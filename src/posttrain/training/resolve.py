@@ -1,0 +1,100 @@
+"""The one place where values are worked out from other values and from the hardware, and contradictions are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from posttrain import hf_flags
+from posttrain.config import Config
+from posttrain.model.load import hardware_dtype
+from posttrain.types import UserError
+
+LORA_LEARNING_RATE = 2e-4
+FULL_LEARNING_RATE = 2e-5
+
+
+def resolve(config: Config) -> Config:
+    """Fill in what the user left open. Each value it sets shows up as `derived`."""
+    _check(config)
+    on_cpu = config["use_cpu"] or not torch.accelerator.is_available()
+    native = torch.bfloat16 if on_cpu and torch.cpu._is_avx512_bf16_supported() else hardware_dtype()
+    half = native is torch.bfloat16 and not config["fp16"]
+    if config.given("dtype") and config["dtype"] != "auto":
+        half = half and config["dtype"] != "float32"
+    if config.given("bf16"):
+        half = config["bf16"]
+    if config["dtype"] == "auto":
+        # A frozen base loses nothing it still needs in bf16; weights that are trained keep fp32, or small updates vanish.
+        frozen_half = half and config["use_peft"]
+        config = dataclasses.replace(config, values={**config.values, "dtype": dataclasses.replace(
+            config.values["dtype"], value="bfloat16" if frozen_half else "float32", origin="derived")})  # fmt: skip
+    stage = config.command
+    return config.derive(
+        use_cpu=on_cpu,
+        bf16=half,
+        learning_rate=LORA_LEARNING_RATE if config["use_peft"] else FULL_LEARNING_RATE,
+        output_dir=str(Path("outputs", stage)),
+        save_strategy="steps" if config.given("save_steps") else config["save_strategy"],
+        eval_strategy="steps" if config.given("eval_steps") else config["eval_strategy"],
+    ).derive(logging_dir=config["logging_dir"] or str(Path(config["output_dir"] or Path("outputs", stage), "logs")))
+
+
+def _check(config: Config) -> None:
+    stage = config.command
+    if config["train_file_dir"] and config["dataset_name"]:
+        raise UserError("--train_file_dir and --dataset_name both name the training data: give one")
+    if not (config["train_file_dir"] or config["dataset_name"]):
+        raise UserError(f"posttrain {stage} needs training data: --train_file_dir or --dataset_name")
+    for name in ("peft_path", "modules_to_save", "use_dora", "use_rslora", "lora_rank", "lora_alpha", "target_modules"):
+        if config.given(name) and config[name] and not config["use_peft"]:
+            raise UserError(f"--{name} belongs to LoRA, but --use_peft is False")
+    if config["lora_rank"] < 1:
+        raise UserError(f"--lora_rank {config['lora_rank']}: must be at least 1")
+    if not 0 <= config["lora_dropout"] < 1:
+        raise UserError(f"--lora_dropout {config['lora_dropout']}: must be in [0, 1)")
+    length_flag = "block_size" if stage == "pt" else "model_max_length"
+    if config[length_flag] < 2:
+        raise UserError(f"--{length_flag} {config[length_flag]}: must be at least 2 tokens")
+    if not 0 <= config["validation_split_percentage"] < 100:
+        raise UserError(f"--validation_split_percentage {config['validation_split_percentage']}: must be in [0, 100)")
+    if stage == "pt" and config["streaming"] and config["max_steps"] < 1:
+        raise UserError("--streaming does not know how many rows there are: say --max_steps")
+    if config["fp16"] and not config["use_peft"]:
+        raise UserError("--fp16 cannot train all weights: small gradients vanish in it; use --bf16, or --use_peft True")
+    if config["bf16"] and config["fp16"]:
+        raise UserError("--bf16 and --fp16 exclude each other")
+
+
+def training_arguments(config: Config) -> TrainingArguments:
+    """The library's own settings object. UserError for a combination that it refuses."""
+    accepted = set(inspect.signature(TrainingArguments).parameters)
+    chosen: dict[str, Any] = {"remove_unused_columns": False, "logging_nan_inf_filter": False}
+    for name in hf_flags.library_flags():
+        if name in config.values and (config.values[name].origin != "default" or name in hf_flags.DEFAULTS):
+            chosen[name] = config[name]
+    for old, new in (("gradient_checkpointing", "activation_checkpointing"),
+                     ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")):  # fmt: skip
+        if new in accepted and old in chosen:  # transformers 5.23 renamed them
+            chosen[new] = chosen.pop(old)
+    chosen.pop("resume_from_checkpoint", None)
+    if isinstance(chosen.get("debug"), list):
+        chosen["debug"] = " ".join(chosen["debug"])
+    try:
+        return TrainingArguments(**chosen)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"transformers.TrainingArguments: {' '.join(str(error).split())}") from error
+
+
+def check_steps(max_steps: int, n_rows: int) -> None:
+    """UserError when there is nothing to train."""
+    if n_rows == 0:
+        raise UserError("no row is left to train on: see the ledger above for what was dropped and why")
+    if max_steps == 0 or math.isnan(max_steps):
+        raise UserError("--max_steps 0 trains nothing")

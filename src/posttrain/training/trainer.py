@@ -1,0 +1,198 @@
+"""The one trainer of all stages but PPO: transformers' loop with our sums in place of its means."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from posttrain.training.batches import Batches, EpochLoader, Groups, loader
+from posttrain.training.sums import Sums, averages
+from posttrain.types import Objective, PackedBatch, UserError
+
+SUMS_FILE = "metric_sums.json"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The rows to train on and to hold out, and how a list of rows becomes a micro-batch."""
+
+    train: Groups
+    held_out: Groups | None
+    collate: Callable[[list[dict[str, Any]]], PackedBatch]
+
+
+class ObjectiveTrainer(Trainer):
+    """transformers' Trainer with an objective as its only stage-specific part: sums in, one exact division per step.
+
+    The gradient of a step is ∇(Σ loss over all its micro-batches and ranks) / Σ weight, so the update does not depend on how
+    the step is cut. Logged and evaluated metrics are sums divided once.
+    """
+
+    loss_is_scaled_for_ga = True  # we divide by the weight of the whole optimizer step ourselves
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, data: TrainingData, objective: Objective, tokenizer: Any):
+        super().__init__(model=model, args=args, processing_class=tokenizer)
+        if args.n_gpu > 1:
+            raise UserError(f"one process sees {args.n_gpu} GPUs: start one per GPU with torchrun --nproc_per_node {args.n_gpu}")
+        self.data, self.objective = data, objective
+        self.train_dataset, self.eval_dataset = data.train, data.held_out
+        self.window = Sums(self._sum_over_ranks)  # since the last log
+        self.run = Sums(self._sum_over_ranks)  # since step 0
+        self._log_clock = (time.monotonic(), 0.0)
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> EpochLoader:
+        """Shuffled by (data_seed, epoch); the same rows per step for every world size."""
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return self._loader(self.data.train, self._train_batch_size, seed, drop_last=self.args.dataloader_drop_last)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochLoader:
+        """In order, every row once."""
+        rows = eval_dataset if eval_dataset is not None else self.data.held_out
+        if rows is None:
+            raise UserError("evaluation needs held-out rows: name --validation_file_dir or --validation_split_percentage")
+        return self._loader(rows, self.args.eval_batch_size, None, drop_last=False)
+
+    def _loader(self, rows: Groups, batch_rows: int, seed: int | None, drop_last: bool) -> EpochLoader:
+        args = self.args
+        batches = Batches(
+            len(rows), batch_rows, seed=seed, rank=args.process_index, world=args.world_size, drop_last=drop_last
+        )
+        return loader(
+            rows, batches, self.data.collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+        )  # fmt: skip
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[PackedBatch], Tensor]:
+        """The micro-batches of one optimizer step and their weight over all ranks."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        weights = [self.objective.weight(batch).to(device) for batch in batches]
+        return batches, self._sum_over_ranks(torch.stack(weights).sum() if weights else torch.zeros((), device=device))
+
+    def _prepare_inputs(self, inputs: Any) -> PackedBatch:
+        return inputs.to(self.args.device, non_blocking=True)
+
+    # --- loss ---------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """This micro-batch's share of the step's loss."""
+        loss = self.objective(model, inputs)
+        weight = self.objective.weight(inputs)
+        for sums in (self.window, self.run):
+            sums.add("loss", loss.total.detach(), weight)
+            sums.add("tokens", float(inputs.n_tokens), 0.0)
+        for name, (total, count) in loss.metrics.items():
+            self.window.add(name, total, count)
+        # DDP, FSDP and DeepSpeed average gradients over ranks; multiply that away so the result is sum / step weight.
+        return loss.total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor.to(self.args.device), "sum") if self.accelerator.num_processes > 1 else tensor
+
+    # --- log and evaluation -------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Put the window's exact averages in place of the loop's mean of means."""
+        if "loss" in logs:
+            logs = self._train_logs(logs)
+        elif "train_loss" in logs:
+            logs = self._final_logs(logs)
+        super().log(logs, start_time)
+
+    def _train_logs(self, logs: dict[str, float]) -> dict[str, float]:
+        totals = self.window.totals()
+        self.window.clear()
+        tokens = totals.pop("tokens")[0]
+        logs = {**logs, **averages(totals)}
+        if not all(math.isfinite(logs[name]) for name in ("loss", "grad_norm") if name in logs):
+            raise UserError(
+                f"the loss or gradient is not finite at step {self.state.global_step} (loss {logs['loss']}): lower"
+                " --learning_rate, raise --warmup_steps, or use --dtype float32"
+            )
+        now = time.monotonic()
+        # Evaluation and saving between two logs are not training time.
+        seconds = now - self._log_clock[0] - self._log_clock[1]
+        self._log_clock = (now, 0.0)
+        logs["tokens"] = self.run.totals()["tokens"][0]
+        logs["tokens_per_second"] = tokens / max(seconds, 1e-9)
+        return logs
+
+    def _final_logs(self, logs: dict[str, float]) -> dict[str, float]:
+        totals = self.run.totals()
+        tokens = totals.pop("tokens")[0]
+        return {**logs, "train_loss": averages(totals)["loss"], "train_tokens": tokens}
+
+    def _off_the_clock(self, since: float) -> None:
+        self._log_clock = (self._log_clock[0], self._log_clock[1] + time.monotonic() - since)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Exact averages over the held-out rows, whatever the batch size and the number of ranks; perplexity = exp(nll)."""
+        began = time.monotonic()
+        sums = Sums(self._sum_over_ranks)
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        for batch in self.get_eval_dataloader(eval_dataset):
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                loss = self.objective(model, inputs)
+            sums.add("loss", loss.total, self.objective.weight(inputs))
+            for name, (total, count) in loss.metrics.items():
+                sums.add(name, total, count)
+        model.train(was_training)
+        metrics = averages(sums.totals())
+        if "nll_nats" in metrics:
+            metrics["perplexity"] = math.exp(min(metrics["nll_nats"], 700.0))
+        metrics["runtime_seconds"] = time.monotonic() - began
+        logs = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        self._off_the_clock(began)
+        return logs
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        began = time.monotonic()
+        saved = {"window": self.window.totals(), "run": self.run.totals()}
+        if not all(math.isfinite(total) for total, _ in saved["run"].values()):
+            raise UserError(f"the loss is not finite by step {self.state.global_step}; no checkpoint is written over a good one")
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            (folder / SUMS_FILE).write_text(json.dumps(saved), encoding="utf-8")
+        self._off_the_clock(began)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        file = Path(checkpoint, SUMS_FILE) if checkpoint else None
+        if file is not None and file.is_file() and self.args.process_index == 0:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            self.window.load(saved["window"])
+            self.run.load(saved["run"])
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Counted by the benchmarks, not per step."""
+        return 0
