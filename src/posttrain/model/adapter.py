@@ -1,0 +1,208 @@
+"""Attach a new LoRA adapter or resume a saved one: targets, extra trained modules, float32 master weights, identity of the base."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from posttrain.types import UserError
+
+logger = logging.getLogger(__name__)
+
+# Leaf names that 'all' leaves alone: heads are trained whole or not at all, and a router that moves makes experts collapse.
+HEAD_NAMES = {"lm_head", "score", "v_head", "classifier"}
+ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
+FINGERPRINT = "base_fingerprint"  # key inside the adapter config's `auto_mapping`, which peft keeps and does not read
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Settings of a new adapter. `target_modules` is "all" or comma-separated names; the update is alpha/rank · B·A·x."""
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: str = "all"
+    modules_to_save: str | None = None
+    rslora: bool = False  # alpha/√rank (arXiv 2312.03732)
+    dora: bool = False  # weight-decomposed (arXiv 2402.09353)
+
+
+def attach_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
+    """Freeze the model and add a trainable adapter. Raises UserError for names that the model does not have."""
+    modules, parameters = _targets(model, lora.target_modules)
+    saved = _names(lora.modules_to_save)
+    _check_names("--modules_to_save", saved, {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
+    if parameters and lora.dropout:
+        raise UserError("--lora_dropout: fused experts take no dropout; set it to 0 or leave the experts out of --target_modules")
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        modules_to_save=saved or None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        # A tied pair that is trained stays one tensor, or the merged model would need twice the vocabulary's memory.
+        ensure_weight_tying=bool(tied and {"embed_tokens", "lm_head"} & set(saved)),
+        auto_mapping={FINGERPRINT: base_fingerprint(model)},
+    )
+    return _master_weights(get_peft_model(model, config))
+
+
+def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = True) -> PeftModel:
+    """A saved adapter on its base, to go on training it or to use it; safetensors or the older adapter_model.bin.
+
+    Raises UserError when the folder holds none or when it was trained on another base.
+    """
+    settings = read_adapter_config(path)
+    if not any((Path(path) / file).is_file() for file in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise UserError(f"{path}: no adapter_model.safetensors (or .bin) in it")
+    expected = (settings.get("auto_mapping") or {}).get(FINGERPRINT)
+    actual = base_fingerprint(model)
+    if expected and actual and expected != actual:
+        raise UserError(
+            f"{path}: was trained on another base ({settings.get('base_model_name_or_path')}) than {model.name_or_path}"
+            f" (weights {expected[:8]}, here {actual[:8]})"
+        )
+    try:
+        adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{path}: does not fit {model.name_or_path} ({lines[min(1, len(lines) - 1)]})") from error
+    return _master_weights(adapted)
+
+
+def read_adapter_config(path: str) -> dict[str, Any]:
+    """adapter_config.json of a folder. Raises UserError where there is none."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        raise UserError(f"{path}: no adapter_config.json in it, so it is not an adapter folder")
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return settings
+
+
+def base_fingerprint(model: nn.Module) -> str | None:
+    """A hash of the frozen weights' names, shapes and 64 values of each; None for a quantised base.
+
+    The values are hashed as bfloat16, so that a base read in float32 and in bfloat16 is the same base.
+    """
+    if getattr(model, "is_quantized", False):
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def trainable_summary(model: nn.Module) -> str:
+    """One line: trainable and total parameters, exact, and the share. Quantised weights are counted as what they stand for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        # bitsandbytes packs two 4-bit weights into a byte.
+        state = getattr(parameter, "quant_state", None)
+        count = parameter.numel() if state is None else state.shape.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.3f} %)"
+
+
+def enable_checkpointing(model: PreTrainedModel | PeftModel, *, reentrant: bool = False) -> None:
+    """Recompute activations in the backward pass instead of keeping them.
+
+    The reentrant kind sees a gradient only where its input asks for one, and the output of a frozen embedding does not.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+
+
+def linear_names(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Full names of the linear layers that 'all' takes, and of those it leaves alone (output head, routers)."""
+    head = model.get_output_embeddings()
+    taken: list[str] = []
+    left: list[str] = []
+    for name, module in model.named_modules():
+        # Quantised linears of every make have these two attributes; embeddings and norms do not.
+        if isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
+            leaf = name.rsplit(".", 1)[-1]
+            (left if module is head or leaf in HEAD_NAMES | ROUTER_NAMES else taken).append(name)
+    return taken, left
+
+
+def _targets(model: PreTrainedModel, wanted: str) -> tuple[list[str], list[str]]:
+    """peft's `target_modules` and `target_parameters` (fused experts, tensors of three axes) for what the user asked."""
+    taken, left = linear_names(model)
+    experts = sorted({".".join(n.split(".")[-2:]) for n, p in model.named_parameters() if p.ndim == 3 and "expert" in n})
+    if wanted == "all":
+        if experts:
+            logger.info("LoRA on all linear layers; experts and router stay frozen (add them by name: %s)", ", ".join(experts))
+        leaves = {name.rsplit(".", 1)[-1] for name in taken}
+        ambiguous = leaves & {name.rsplit(".", 1)[-1] for name in left}
+        full = [name for name in taken if name.rsplit(".", 1)[-1] in ambiguous]
+        return sorted(leaves - ambiguous) + full, []
+    names = _names(wanted)
+    known = {suffix for name in taken + left for suffix in _suffixes(name)}
+    embeddings = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    _check_names(
+        "--target_modules", names, known | embeddings | set(experts), {n.rsplit(".", 1)[-1] for n in taken} | set(experts)
+    )
+    return [n for n in names if n not in experts], [n for n in names if n in experts]
+
+
+def _names(comma_separated: str | None) -> list[str]:
+    return [name.strip() for name in (comma_separated or "").split(",") if name.strip()]
+
+
+def _suffixes(name: str) -> Iterable[str]:
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in range(len(parts)))
+
+
+def _check_names(flag: str, names: list[str], known: set[str], shown: set[str] | None = None) -> None:
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, shown or known, n=1)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            raise UserError(f"{flag} {name}: the model has no such layer; {hint}it has {', '.join(sorted(shown or known))}")
+
+
+def _master_weights(model: PeftModel) -> PeftModel:
+    """Trained tensors in float32 whatever the base's type: a bfloat16 weight near 1 cannot take a step below 0.4 %.
+
+    peft does this for the low-rank matrices; `modules_to_save` copies are left in the base's type, so they are raised here, and
+    what they give out is brought back to the base's type, which the next layer expects.
+    """
+    base_dtype = model.dtype
+    for module in model.modules():
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and base_dtype != torch.float32:
+            for copy in copies.values():
+                copy.float()
+                copy.register_forward_pre_hook(_raise_input)
+                copy.register_forward_hook(lambda _module, _args, output, dtype=base_dtype: output.to(dtype))
+    return model
+
+
+def _raise_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook: floating inputs in the type of the module's weight (token ids stay as they are)."""
+    dtype = next(module.parameters()).dtype
+    return tuple(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
