@@ -49,7 +49,9 @@ def enable_segments(model: nn.Module) -> Attention:
     reason is returned.
     """
     core = unwrap(model)
-    decoder = core.base_model
+    if core.config._attn_implementation == NAME:
+        return Attention(packed=True, reason="already enabled")
+    decoder = find_decoder(core)
     reason = _unsupported(core, decoder)
     if reason:
         return Attention(packed=False, reason=reason)
@@ -63,8 +65,12 @@ def enable_segments(model: nn.Module) -> Attention:
         hook = decoder.register_forward_pre_hook(_skip_mask, with_kwargs=True)
         try:
             reason = _difference(decoder, rows, apart, lengths)
-        except MisfitError as misfit:  # raised by our attention alone; anything else is a bug and keeps its traceback
+        except MisfitError as misfit:  # raised by our attention alone
             reason = str(misfit)
+        except RuntimeError as error:  # a layer that computes with the mask itself (Doge) meets an empty one; else it is a bug
+            if "size of tensor" not in str(error):
+                raise
+            reason = "its layers compute with the attention mask themselves"
     if reason:
         hook.remove()
         core.set_attn_implementation(original)
@@ -81,11 +87,19 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return core
 
 
+def find_decoder(core: PreTrainedModel) -> nn.Module:
+    """The model without its head; `core` itself where it has none apart (Llama 4's prefix names a module of another class)."""
+    candidates = (core.base_model, getattr(core, "model", core), core.get_decoder())
+    return next((module for module in candidates if module is not core), core)
+
+
 def _unsupported(core: PreTrainedModel, decoder: nn.Module) -> str:
     """Why the model cannot be packed, as far as it can be read off; empty if it may."""
     name = type(core).__name__
     if not core._supports_attention_backend:
         return f"{name} does not use transformers' attention interface"
+    if decoder is core:
+        return f"{name} has no decoder apart from its head"
     strange = sorted(set(getattr(core.config, "layer_types", None) or ()) - KNOWN_LAYERS)
     if strange:
         return f"{name} has layers that carry state along the row ({', '.join(strange)})"
@@ -150,8 +164,12 @@ def _hidden(decoder: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
     """Last hidden states (T, D) of one row, in fp32 arithmetic where the model is small."""
     kwargs = {"input_ids": ids, "use_cache": False, **kwargs}
     weights = dict(decoder.named_parameters())
-    half = all(w.dtype in (torch.bfloat16, torch.float16) for w in weights.values())
-    if half and sum(w.numel() for w in weights.values()) <= CHEAP_PARAMETERS:
+    half = {torch.bfloat16, torch.float16} & {w.dtype for w in weights.values()}
+    if (
+        half
+        and all(w.is_floating_point() for w in weights.values())
+        and sum(w.numel() for w in weights.values()) <= CHEAP_PARAMETERS
+    ):
         output = torch.func.functional_call(decoder, {n: w.float() for n, w in weights.items()}, kwargs=kwargs)
     else:
         output = decoder(**kwargs)

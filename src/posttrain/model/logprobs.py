@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from posttrain.model.attention import evaluation, unwrap
+from posttrain.model.attention import evaluation, find_decoder, unwrap
 from posttrain.model.head import Projection, head_logprobs, select_logprobs
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _token_forward(
         logprobs_N, entropy_N = select_logprobs(logits_NV, targets_N, entropy)
         router_loss = getattr(output, "aux_loss", None) if balanced else None
     else:
-        output = core.base_model(**inputs)
+        output = find_decoder(core)(**inputs)
         hidden_ND = output.last_hidden_state.flatten(0, 1).index_select(0, predict_N)
         head = core.get_output_embeddings()
         logprobs_N, entropy_N = head_logprobs(hidden_ND, head, targets_N, how.projection, temperature, entropy)
@@ -122,13 +122,13 @@ def _router_loss(core: Any, router_logits: tuple[Tensor, ...], attention_mask: T
 def _probe(core: PreTrainedModel, run: Callable[..., Any]) -> Logprobs:
     """Find how the model's logits follow from its head, by comparing with its own forward on a short random row."""
     head = core.get_output_embeddings()
-    if head is None or core.base_model is core:
+    if head is None or find_decoder(core) is core:
         return Logprobs(None, f"{type(core).__name__} has no output projection of its own: full logits, slower")
     embedding = core.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(embedding.shape[0], (1, 8), generator=generator).to(embedding.device)
     expected = run(input_ids=ids, use_cache=False).logits[0].float()
-    hidden = core.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    hidden = find_decoder(core)(input_ids=ids, use_cache=False).last_hidden_state[0]
     raw = head(hidden)
     tolerance = TOLERANCE.get(raw.dtype, 2e-2)
     for projection in _candidates(core):
@@ -140,7 +140,7 @@ def _probe(core: PreTrainedModel, run: Callable[..., Any]) -> Logprobs:
 
 def _candidates(core: PreTrainedModel) -> list[Projection]:
     """Projections worth a try, the most particular first: a soft cap far above small logits looks like none."""
-    places = (core, core.base_model, core.config)
+    places = (core, find_decoder(core), core.config)
     caps = [getattr(place, name, None) for name in CAP_NAMES for place in places]
     factors = [getattr(place, name, None) for name in FACTOR_NAMES for place in places]
     divisors = [getattr(place, name, None) for name in DIVISOR_NAMES for place in places]
