@@ -28,7 +28,9 @@ class ModelFlags:
     tokenizer_name_or_path: str | None = flag(None, "Tokenizer to use instead of the model's own.")
     model_type: str | None = flag(None, "Architecture the model must have (llama, qwen2, …); checked against its config.")
     model_revision: str | None = flag(None, "Branch, tag or commit of a hub model.")
-    cache_dir: str | None = flag(None, "Folder for downloads and prepared data. [default: $POSTTRAIN_CACHE or ~/.cache/posttrain]")
+    cache_dir: str | None = flag(
+        None, "Folder for downloads and prepared data. [default: $POSTTRAIN_CACHE or ~/.cache/posttrain]"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "Type of the loaded weights. auto: bfloat16 for a frozen base where the hardware has it, else float32."
     )
@@ -50,7 +52,9 @@ class AdapterFlags:
     modules_to_save: str | None = flag(None, "Layers to train in full beside the adapter, e.g. embed_tokens,lm_head.")
     use_rslora: bool = flag(False, "Rank-stabilised scale alpha / sqrt(r) (arXiv 2312.03732).")
     use_dora: bool = flag(False, "Weight-decomposed adapter, DoRA (arXiv 2402.09353): slower, often better at low rank.")
-    peft_path: str | None = flag(None, "Adapter to go on training from (weights only; --resume_from_checkpoint restores everything).")
+    peft_path: str | None = flag(
+        None, "Adapter to go on training from (weights only; --resume_from_checkpoint restores everything)."
+    )
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,14 @@ class DataFlags:
     dataset_config_name: str | None = flag(None, "Configuration of --dataset_name.")
     dataset_weights: str | None = flag(None, "Sampling weights of several datasets, in their order: 0.7,0.3.")
     data_format: str = flag("auto", "Format of the rows, or auto: detected row by row. `posttrain convert --help` lists them.")
-    validation_split_percentage: float = flag(0.0, "Share of the training rows held out when no validation data is named, in percent.")
+    validation_split_percentage: float = flag(
+        0.0, "Share of the training rows held out when no validation data is named, in percent."
+    )
     max_train_samples: int = flag(-1, "Use only the first n good training rows. -1: all.")
     max_eval_samples: int = flag(-1, "Use only the first n good held-out rows. -1: all.")
-    bad_rows: Literal["error", "skip"] = flag("error", "On a row that cannot be used: stop and name it, or skip, count and name it.")
+    bad_rows: Literal["error", "skip"] = flag(
+        "error", "On a row that cannot be used: stop and name it, or skip, count and name it."
+    )
     preprocessing_num_workers: int = flag(1, "Processes that read and tokenize. The result does not depend on it.")
     overwrite_cache: bool = flag(False, "Prepare the data anew even if the same files were prepared before.")
 
@@ -80,7 +88,8 @@ class ChatFlags:
     )
     model_max_length: int = flag(1024, "Longest example in tokens; longer ones are cut at a turn boundary and counted.")
     packing: bool = flag(
-        False, "Fill rows of --model_max_length tokens with several examples (best fit); the batch size then counts rows, not examples."
+        False,
+        "Fill rows of --model_max_length tokens with several examples (best fit); the batch size then counts rows, not examples.",
     )
 
 

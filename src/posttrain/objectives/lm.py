@@ -23,10 +23,9 @@ class LanguageModel:
         """Sum of the targets' negative log-probs. Metric: nll_nats, without the router loss."""
         output = model(**batch.model_inputs(), predict_N=batch.predict_N, targets_N=batch.targets_N)
         nll = -output.logprobs_N.sum()
-        total, count = nll, self.weight(batch)
+        count = self.weight(batch)
         metrics = {"nll_nats": (nll.detach(), count)}
-        router = getattr(output, "aux_loss", None)
-        if router is not None:
-            total = nll + router * count
-            metrics["router_loss"] = (router.detach() * count, count)
-        return Loss(total, metrics)
+        if output.router_loss is None:
+            return Loss(nll, metrics)
+        metrics["router_loss"] = (output.router_loss.detach() * count, count)
+        return Loss(nll + output.router_loss * count, metrics)

@@ -20,9 +20,7 @@ def fingerprint(tensor: Tensor) -> tuple[float, float]:
     values = values.view(torch.uint8) if not values.is_floating_point() else values
     chunks = values.split(1 << 22)
     total = sum(float(chunk.double().sum()) for chunk in chunks)
-    weighted = sum(
-        float((chunk.double() * torch.arange(1, len(chunk) + 1, device=chunk.device)).sum()) for chunk in chunks
-    )
+    weighted = sum(float((chunk.double() * torch.arange(1, len(chunk) + 1, device=chunk.device)).sum()) for chunk in chunks)
     return total, weighted
 
 
@@ -40,9 +38,7 @@ class GradientAudit(TrainerCallback):
         """Fingerprint every parameter."""
         self.before = {name: fingerprint(p) for name, p in kwargs["model"].named_parameters()}
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note trainable parameters without a gradient."""
         if self.before and self.steps == 0:
             model: nn.Module = kwargs["model"]

@@ -79,9 +79,7 @@ def loader(
 ) -> EpochLoader:
     """Batches of `dataset` in the order of `batches`; `workers` are the DataLoader's own arguments."""
     generator = torch.Generator().manual_seed(0)
-    return EpochLoader(
-        dataset, batch_sampler=batches, collate_fn=partial(_flat, collate=collate), generator=generator, **workers
-    )
+    return EpochLoader(dataset, batch_sampler=batches, collate_fn=partial(_flat, collate=collate), generator=generator, **workers)
 
 
 def _flat(groups: list[list[dict[str, Any]]], collate: Callable[[list[dict[str, Any]]], PackedBatch]) -> PackedBatch:

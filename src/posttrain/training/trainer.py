@@ -65,9 +65,7 @@ class ObjectiveTrainer(Trainer):
 
     def _loader(self, rows: Groups, batch_rows: int, seed: int | None, drop_last: bool) -> EpochLoader:
         args = self.args
-        batches = Batches(
-            len(rows), batch_rows, seed=seed, rank=args.process_index, world=args.world_size, drop_last=drop_last
-        )
+        batches = Batches(len(rows), batch_rows, seed=seed, rank=args.process_index, world=args.world_size, drop_last=drop_last)
         return loader(
             rows, batches, self.data.collate,
             num_workers=args.dataloader_num_workers,
@@ -91,9 +89,7 @@ class ObjectiveTrainer(Trainer):
 
     # --- loss ---------------------------------------------------------------------------------------------------------
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
         """This micro-batch's share of the step's loss."""
         loss = self.objective(model, inputs)
         weight = self.objective.weight(inputs)
