@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from posttrain.model import lora_forward
 from posttrain.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def attach_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
         ensure_weight_tying=bool(tied and {"embed_tokens", "lm_head"} & set(saved)),
         auto_mapping={FINGERPRINT: base_fingerprint(model)},
     )
-    return _master_weights(get_peft_model(model, config))
+    return _ready(get_peft_model(model, config))
 
 
 def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = True) -> PeftModel:
@@ -86,7 +88,7 @@ def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = True) -
     except (RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{path}: does not fit {model.name_or_path} ({lines[min(1, len(lines) - 1)]})") from error
-    return _master_weights(adapted)
+    return _ready(adapted)
 
 
 def read_adapter_config(path: str) -> dict[str, Any]:
@@ -98,16 +100,22 @@ def read_adapter_config(path: str) -> dict[str, Any]:
     return settings
 
 
-def base_fingerprint(model: nn.Module) -> str | None:
-    """A hash of the frozen weights' names, shapes and 64 values of each; None for a quantised base.
+def base_fingerprint(model: PreTrainedModel) -> str | None:
+    """A hash of the base's names, shapes and 64 values of each weight; None where the weights are not at hand (quantised, sharded).
 
-    The values are hashed as bfloat16, so that a base read in float32 and in bfloat16 is the same base.
+    Values are hashed as bfloat16, so that a base read in float32 and in bfloat16 is the same base. Embedding and output head are
+    left out: a grown vocabulary does not make another base.
     """
+    embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     if getattr(model, "is_quantized", False):
         return None
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if id(parameter) in embeddings:
+            continue
         flat = parameter.detach().reshape(-1)
+        if flat.numel() == 0 or flat.is_meta:
+            return None
         sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
@@ -123,16 +131,6 @@ def trainable_summary(model: nn.Module) -> str:
         total += count
         trainable += count if parameter.requires_grad else 0
     return f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.3f} %)"
-
-
-def enable_checkpointing(model: PreTrainedModel | PeftModel, *, reentrant: bool = False) -> None:
-    """Recompute activations in the backward pass instead of keeping them.
-
-    The reentrant kind sees a gradient only where its input asks for one, and the output of a frozen embedding does not.
-    """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
 
 
 def linear_names(model: PreTrainedModel) -> tuple[list[str], list[str]]:
@@ -185,20 +183,22 @@ def _check_names(flag: str, names: list[str], known: set[str], shown: set[str] |
             raise UserError(f"{flag} {name}: the model has no such layer; {hint}it has {', '.join(sorted(shown or known))}")
 
 
-def _master_weights(model: PeftModel) -> PeftModel:
+def _ready(model: PeftModel) -> PeftModel:
     """Trained tensors in float32 whatever the base's type: a bfloat16 weight near 1 cannot take a step below 0.4 %.
 
     peft does this for the low-rank matrices; `modules_to_save` copies are left in the base's type, so they are raised here, and
     what they give out is brought back to the base's type, which the next layer expects.
     """
+    lora_forward.install(model)
     base_dtype = model.dtype
+    lower = functools.partial(_lower_output, dtype=base_dtype)
     for module in model.modules():
         copies = getattr(module, "modules_to_save", None)
         if isinstance(copies, nn.ModuleDict) and base_dtype != torch.float32:
             for copy in copies.values():
                 copy.float()
                 copy.register_forward_pre_hook(_raise_input)
-                copy.register_forward_hook(lambda _module, _args, output, dtype=base_dtype: output.to(dtype))
+                copy.register_forward_hook(lower)
     return model
 
 
@@ -206,3 +206,8 @@ def _raise_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Forward pre-hook: floating inputs in the type of the module's weight (token ids stay as they are)."""
     dtype = next(module.parameters()).dtype
     return tuple(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
+
+
+def _lower_output(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """Forward hook: the output in the base's type."""
+    return output.to(dtype)
