@@ -104,7 +104,8 @@ def _read_dict(text: str) -> Any:
 
 
 def _reader(kind: str) -> Callable[[str], Any]:
-    return {"bool": _read_bool, "int": int, "float": float, "dict": _read_dict}.get(kind, str)
+    readers: dict[str, Callable[[str], Any]] = {"bool": _read_bool, "int": int, "float": float, "dict": _read_dict}
+    return readers.get(kind, str)
 
 
 def _own_option(f: dataclasses.Field[Any], hint: Any, owner: str) -> Option:

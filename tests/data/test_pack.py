@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from conftest import random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import random_rows
 from posttrain.data.pack import best_fit, collate, collate_padded
 
 

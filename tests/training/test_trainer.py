@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_rows, tiny_llama
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from conftest import random_rows, tiny_llama
 from posttrain.data.pack import best_fit, collate, collate_padded
 from posttrain.model.adapter import Lora, attach_lora
 from posttrain.model.attention import enable_segments

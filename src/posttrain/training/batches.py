@@ -66,7 +66,7 @@ class Groups(Dataset[list[dict[str, Any]]]):
         return [self.rows[i] for i in self.groups[index]]
 
 
-class EpochLoader(DataLoader):  # type: ignore[type-arg]
+class EpochLoader(DataLoader):
     """A DataLoader that hands the epoch on to its batch sampler. Its workers' seed never touches the global generator."""
 
     def set_epoch(self, epoch: int) -> None:

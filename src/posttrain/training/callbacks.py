@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ class Progress(TrainerCallback):
         """`bar=None`: a bar when standard error is a terminal."""
         self.with_bar = sys.stderr.isatty() if bar is None else bar
         self.bar: Any = None
+        self.began, self.first_step = time.monotonic(), 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step that training goes on from."""
+        self.began, self.first_step = time.monotonic(), state.global_step
         if state.is_world_process_zero and self.with_bar:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
@@ -64,7 +67,7 @@ class Progress(TrainerCallback):
             self.bar.set_postfix(loss=values["loss"], tokens_per_second=values["tokens_per_second"]) if "loss" in values else None
             self.bar.write(f"step {state.global_step}  {text}")
         else:
-            eta = _eta(kwargs.get("eta_seconds"))
+            eta = self._eta(state)
             print(f"step {state.global_step}/{state.max_steps}  {text}{eta}", file=sys.stderr, flush=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -73,6 +76,9 @@ class Progress(TrainerCallback):
             self.bar.close()
             self.bar = None
 
-
-def _eta(seconds: float | None) -> str:
-    return "" if seconds is None else f"  {seconds:.0f} s left"
+    def _eta(self, state: TrainerState) -> str:
+        done = state.global_step - self.first_step
+        if not done or state.global_step >= state.max_steps:
+            return ""
+        seconds = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
+        return f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from posttrain.training.batches import Batches, EpochLoader, Groups, loader
 from posttrain.training.sums import Sums, averages
@@ -30,6 +30,14 @@ class TrainingData:
     collate: Callable[[list[dict[str, Any]]], PackedBatch]
 
 
+def use_callbacks(trainer: Trainer, callbacks: list[TrainerCallback]) -> None:
+    """Our callbacks in place of the library's progress bar and printer."""
+    for default in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(default)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+
+
 class ObjectiveTrainer(Trainer):
     """transformers' Trainer with an objective as its only stage-specific part: sums in, one exact division per step.
 
@@ -37,6 +45,7 @@ class ObjectiveTrainer(Trainer):
     the step is cut. Logged and evaluated metrics are sums divided once.
     """
 
+    control: Any
     loss_is_scaled_for_ga = True  # we divide by the weight of the whole optimizer step ourselves
 
     def __init__(self, model: nn.Module, args: TrainingArguments, data: TrainingData, objective: Objective, tokenizer: Any):
@@ -135,6 +144,7 @@ class ObjectiveTrainer(Trainer):
     def _final_logs(self, logs: dict[str, float]) -> dict[str, float]:
         totals = self.run.totals()
         tokens = totals.pop("tokens")[0]
+        logs = {name: value for name, value in logs.items() if name != "total_flos"}
         return {**logs, "train_loss": averages(totals)["loss"], "train_tokens": tokens}
 
     def _off_the_clock(self, since: float) -> None:
@@ -190,5 +200,5 @@ class ObjectiveTrainer(Trainer):
             self.run.load(saved["run"])
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Counted by the benchmarks, not per step."""
+        """Not counted per step (the library's formula knows neither LoRA nor packing); the benchmarks count."""
         return 0
