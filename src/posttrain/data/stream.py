@@ -71,6 +71,11 @@ class RowStream(IterableDataset[dict[str, Any]]):
         """Choose the shuffled order of the next pass."""
         self.epoch = epoch
 
+    def next_pass(self) -> None:
+        """Go to the start of the next pass: `state_dict` describes that place at once."""
+        self.epoch += 1
+        self._begin()
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         shard, shards = self.rank, self.world_size
         worker = get_worker_info()
