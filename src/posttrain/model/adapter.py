@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import logging
+import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,8 @@ def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = True) -
         )
     try:
         adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: adapter_model.bin holds more than weights, and code from a file is not run") from error
     except (RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{path}: does not fit {model.name_or_path} ({lines[min(1, len(lines) - 1)]})") from error
