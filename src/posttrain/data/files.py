@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from posttrain.data.json_rows import NOT_UTF8, json_values
 from posttrain.types import RowError, UserError
@@ -29,8 +29,7 @@ _KNOWN = ", ".join(f".{name}" for name in get_args(FileType)) + " (and .gz or .z
 _READ_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class RawRow:
+class RawRow(NamedTuple):
     """A row as it was read. JSON stays text until `value()`, so that passing over rows is cheap and workers share the decoding."""
 
     source: str  # "file:line"; the line where the row starts, or the number of the row where a file has no lines
@@ -133,9 +132,9 @@ def read_file(path: Path, skip_rows: int = 0, file_type: FileType | None = None)
         elif kind == "csv":
             yield from islice(_read_csv(path), skip_rows, None)
         elif kind == "txt":
-            yield from islice(_read_lines(path, is_json=False), skip_rows, None)
+            yield from _read_lines(path, is_json=False, skip_rows=skip_rows)
         else:
-            yield from islice(_read_json(path, kind), skip_rows, None)
+            yield from _read_json(path, kind, skip_rows)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
@@ -174,19 +173,26 @@ class _Lines:
         return fault
 
 
-def _read_lines(path: Path, is_json: bool) -> Iterator[RawRow]:
+def _read_lines(path: Path, is_json: bool, skip_rows: int) -> Iterator[RawRow]:
     with open_bytes(path) as stream:
-        lines = _Lines(stream, path)
+        lines, name = _Lines(stream, path), str(path)
         for line in lines:
-            fault = lines.take_fault()
-            if fault or line.strip():
-                yield RawRow(f"{path}:{lines.number}", None if fault else line.rstrip("\r\n"), is_json, fault)
+            if lines.fault is None and not line.strip():
+                continue
+            if skip_rows > 0:
+                skip_rows -= 1
+                lines.fault = None
+                continue
+            fault = lines.take_fault() if lines.fault else None
+            yield RawRow(f"{name}:{lines.number}", None if fault else line.rstrip("\r\n"), is_json, fault)
 
 
-def _read_json(path: Path, kind: str | None) -> Iterator[RawRow]:
+def _read_json(path: Path, kind: str | None, skip_rows: int) -> Iterator[RawRow]:
     """An array or spread-out objects are decoded as they come; else a line is a row."""
     with open_bytes(path) as stream:
-        first = next((line for line in _Lines(stream, path) if line.strip()), "").strip()
+        first = stream.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1].decode(errors="replace")
+        if first != "[":  # an array may be one line of any length
+            first = next((line for line in _Lines(stream, path) if line.strip()), "").strip()
     whole = first.startswith("[")
     if kind == "json" and not whole and first:
         try:
@@ -194,10 +200,10 @@ def _read_json(path: Path, kind: str | None) -> Iterator[RawRow]:
         except ValueError:
             whole = True
     if not whole:
-        yield from _read_lines(path, is_json=True)
+        yield from _read_lines(path, is_json=True, skip_rows=skip_rows)
         return
     with open_bytes(path) as stream:
-        for line, value in json_values(stream, path):
+        for line, value in islice(json_values(stream, path), skip_rows, None):
             yield RawRow(f"{path}:{line}", value)
 
 

@@ -57,22 +57,23 @@ class _Text:
 
     def more(self) -> bool:
         """Read on, at least as much as is there (so that a long element costs linear time). False at the end."""
-        taken = self.buffer[: self.at]
-        newline = taken.rfind("\n")
-        self.dropped_chars = len(taken) - newline - 1 if newline >= 0 else self.dropped_chars + len(taken)
-        rest = self.buffer[self.at :]
-        piece = self.stream.read(max(_PIECE_CHARS, len(rest)))
+        piece = self.stream.read(max(_PIECE_CHARS, len(self.buffer) - self.at))
         pending_bytes = len(self.decoder.getstate()[0])
         try:
             new = self.decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
             offset_bytes = self.read_bytes - pending_bytes + error.start
             raise UserError(f"{self.path}: byte {offset_bytes}: {NOT_UTF8}") from None
+        if not piece:
+            return False
         if self.read_bytes == 0:
             new = new.removeprefix("\ufeff")
         self.read_bytes += len(piece)
-        self.buffer, self.at = rest + new, 0
-        return bool(piece)
+        taken = self.buffer[: self.at]
+        newline = taken.rfind("\n")
+        self.dropped_chars = len(taken) - newline - 1 if newline >= 0 else self.dropped_chars + len(taken)
+        self.buffer, self.at = self.buffer[self.at :] + new, 0
+        return True
 
     def peek(self) -> str:
         """The next character that is no space, at `at`; "" at the end."""

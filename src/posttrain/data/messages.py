@@ -78,8 +78,10 @@ def read_message(raw: Row, source: str, path: str) -> Message:
     if role == "assistant" and raw.get("reasoning_content"):
         thought = read_text(raw["reasoning_content"], source, f"{path}.reasoning_content")
         content = f"<think>\n{thought.strip()}\n</think>\n\n{content}"  # where Qwen3's and DeepSeek's templates look for it
-    if role in ("user", "assistant") and not content.strip() and not calls:
-        fail(source, f"{path}.{text_key}", "empty turn")
+    if role in ("user", "assistant") and not content.strip():
+        if not calls:
+            fail(source, f"{path}.{text_key}", "empty turn")
+        content = ""
     return Message(role, content, calls, trained=_read_weight(raw, source, path))
 
 

@@ -26,6 +26,7 @@ class RowMix:
         self.credits = [share * phase.random() for share in self.shares]
         self.next_places: list[Place] = [(0, 0)] * len(sources)
         self.current = 0  # without weights: the source being read
+        self.ended_by: str | None = None  # with weights: the source that had no more rows
         self._iterators: list[Iterator[tuple[Place, RawRow]] | None] = [None] * len(sources)
 
     def __iter__(self) -> Iterator[tuple[int, Place, RawRow]]:
@@ -36,6 +37,7 @@ class RowMix:
             if item is not None:
                 yield i, *item
             elif self.shares:
+                self.ended_by = self.sources[i].name
                 return
             else:
                 self.current += 1
