@@ -194,6 +194,6 @@ class ConvertFlags:
 
     in_file: str = flag(REQUIRED, "File to convert.")
     out_file: str = flag(REQUIRED, "JSONL to write (ShareGPT conversations).")
-    data_type: Literal["alpaca", "qa", "sharegpt", "json2jsonl", "auto"] = flag("auto", "Format of the rows.")
-    file_type: Literal["json", "jsonl", "csv", "parquet", "auto"] = flag("auto", "Type of the file. auto: by its name.")
+    data_type: Literal["auto", "alpaca", "qa", "sharegpt", "openai", "hh", "text", "json2jsonl"] = flag("auto", "Format of the rows.")
+    file_type: Literal["auto", "json", "jsonl", "csv", "parquet", "txt"] = flag("auto", "Type of the file. auto: by its name.")
     bad_rows: Literal["error", "skip"] = flag("skip", "On a row that cannot be used: stop, or skip and count.")

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from posttrain import flags
+from posttrain.commands import rows
 from posttrain.commands.report import quiet_libraries, say
 from posttrain.config import Config
-from posttrain.data.load import DataPlan, DataSource, Splits, load_splits
+from posttrain.data.load import LoadedRows
 from posttrain.data.pack import best_fit, collate, collate_padded
-from posttrain.data.sources import parse_weights
+from posttrain.data.pack_stream import PackedStream
+from posttrain.data.stream import RowStream
 from posttrain.data.template import apply_template, set_stop_tokens
-from posttrain.data.tokenize import EncodeChat, EncodeText, fingerprint, prove_masks
+from posttrain.data.tokenize import prove_masks
 from posttrain.model.adapter import Lora, attach_lora, load_adapter, trainable_summary
 from posttrain.model.attention import enable_segments
 from posttrain.model.embedded import resolve_model
@@ -30,8 +31,8 @@ from posttrain.training.audit import GradientAudit
 from posttrain.training.batches import Groups
 from posttrain.training.callbacks import MetricsFile, Progress
 from posttrain.training.resolve import check_steps, resolve, training_arguments
-from posttrain.training.trainer import ObjectiveTrainer, TrainingData, use_callbacks
-from posttrain.types import UserError
+from posttrain.training.trainer import HELD_OUT_FLAGS, ObjectiveTrainer, TrainingData, use_callbacks
+from posttrain.types import Stage, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -49,61 +50,58 @@ def run(config: Config) -> None:
     tokenizer = load_tokenizer(config["tokenizer_name_or_path"] or config["model_name_or_path"], **_source(config))
     if config.command == "sft":
         say(f"template: {apply_template(tokenizer, config['template_name']).name}")
-    with args.main_process_first(desc="preparing data"):
-        splits = prepare(config, tokenizer)
-    report_data(config, splits, tokenizer, folder)
+    train, held_out = prepare(config, args, tokenizer)
+    report_data(config, train, held_out, tokenizer)
+    set_seed(config["seed"])  # before anything is drawn: a new adapter starts from the seed
     model = build_model(config, tokenizer)
-    trainer = build_trainer(config, args, model, splits, tokenizer)
+    trainer = build_trainer(config, args, model, train, held_out, tokenizer)
     parents = {"base": artifacts.parent(config["model_name_or_path"], resolve_model(config["model_name_or_path"]))}
     if config["peft_path"]:
         parents["adapter"] = artifacts.parent(config["peft_path"], config["peft_path"])
     if args.process_index == 0:
         artifacts.write_run(folder, config.command, config.saved(), parents=parents, resumed_from=checkpoint)
     train_and_evaluate(config, trainer, folder, checkpoint)
+    if args.process_index == 0:
+        write_ledger(folder, train, held_out)
+    say(f"run folder: {folder}")
 
 
 def _source(config: Config) -> dict[str, Any]:
     return {"trust_remote_code": config["trust_remote_code"], "revision": config["model_revision"] or "main"}
 
 
-def prepare(config: Config, tokenizer: Any) -> Splits:
-    """Training and held-out rows, tokenized, from the cache where the same was prepared before."""
-    data = config.group(flags.DataFlags)
-    weights = parse_weights(data.dataset_weights)
-    train = DataSource(data.train_file_dir, data.dataset_name, data.dataset_config_name, data_format=data.data_format, weights=weights)
-    held_out = (
-        DataSource(data.validation_file_dir, data_format=data.data_format, flag="--validation_file_dir")
-        if data.validation_file_dir
-        else None
-    )
-    is_text = config.command == "pt"
-    longest = config["block_size"] if is_text else config["model_max_length"]
-    encode = EncodeText(tokenizer, longest) if is_text else EncodeChat(tokenizer, longest)
-    plan = DataPlan(
-        kind="text" if is_text else "chat", bad_rows=data.bad_rows, max_rows=data.max_train_samples, seed=config["seed"],
-        workers=data.preprocessing_num_workers, cache_dir=config["cache_dir"], overwrite_cache=data.overwrite_cache,
-        progress=sys.stderr.isatty(),
-    )  # fmt: skip
-    key = fingerprint(tokenizer, longest=longest, kind=plan.kind)
-    return load_splits(train, held_out, plan, encode, key, data.validation_split_percentage, data.max_eval_samples)
+def prepare(config: Config, args: TrainingArguments, tokenizer: Any) -> tuple[Any, LoadedRows | None]:
+    """(training rows, held-out rows): loaded, or for a stream its place to read from. One rank of a node prepares, the others wait."""
+    stage: Stage = config.command  # type: ignore[assignment]
+    with args.main_process_first(desc="preparing data"):
+        if stage == "pt" and config["streaming"]:
+            held_out = rows.load_held_out(config, stage, tokenizer)
+            return rows.stream(
+                config, stage, tokenizer, config["seed"], config["shuffle_buffer_rows"],
+                rank=args.process_index, world_size=args.world_size,
+            ), held_out  # fmt: skip
+        splits = rows.load(config, stage, tokenizer)
+    return splits.train, splits.validation
 
 
-def report_data(config: Config, splits: Splits, tokenizer: Any, folder: Path) -> None:
-    """The ledger, on the terminal and in the run folder, and (for chats) the proof of the masks."""
-    ledgers = {"train": splits.train.ledger}
-    if splits.validation is not None:
-        ledgers["validation"] = splits.validation.ledger
-    for ledger in ledgers.values():
-        ledger.assert_identity()
-    say(splits.train.ledger.summary())
-    if splits.validation is not None:
-        say(splits.validation.ledger.summary("held out"))
-    (folder / "ledger.json").write_text(
-        json.dumps({name: ledger.to_json() for name, ledger in ledgers.items()}, indent=2, ensure_ascii=False) + "\n", "utf-8"
-    )
-    check_steps(config["max_steps"], len(splits.train.dataset))
+def report_data(config: Config, train: Any, held_out: LoadedRows | None, tokenizer: Any) -> None:
+    """The ledgers on the terminal and (for chats) the proof of the masks."""
+    if isinstance(train, LoadedRows):
+        train.ledger.assert_identity()
+        say(train.ledger.summary())
+        check_steps(config["max_steps"], len(train.dataset))
+    if held_out is not None:
+        held_out.ledger.assert_identity()
+        say(held_out.ledger.summary("held out"))
     if config.command == "sft":
-        say(prove_masks(splits.train.dataset, tokenizer, config["model_max_length"]))
+        say(prove_masks(train.dataset, tokenizer, config["model_max_length"]))
+
+
+def write_ledger(folder: Path, train: Any, held_out: LoadedRows | None) -> None:
+    """`ledger.json`; that of a stream grows while it is read, so it is written at the end."""
+    ledgers = {"train": train.ledger} | ({"validation": held_out.ledger} if held_out is not None else {})
+    content = {name: ledger.to_json() for name, ledger in ledgers.items()}
+    (folder / "ledger.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def build_model(config: Config, tokenizer: Any) -> Any:
@@ -130,7 +128,9 @@ def build_model(config: Config, tokenizer: Any) -> Any:
     return model
 
 
-def build_trainer(config: Config, args: TrainingArguments, model: Any, splits: Splits, tokenizer: Any) -> ObjectiveTrainer:
+def build_trainer(
+    config: Config, args: TrainingArguments, model: Any, train: Any, held_out: LoadedRows | None, tokenizer: Any
+) -> ObjectiveTrainer:
     """Rows grouped and collated as the model allows, and the trainer with our callbacks."""
     packed = False
     if config["padding_free"]:
@@ -138,15 +138,9 @@ def build_trainer(config: Config, args: TrainingArguments, model: Any, splits: S
         packed = attention.packed
         say(f"rows: {'segments without padding' if packed else 'padded'} ({attention.reason})")
     say(f"log-probs: {install_logprobs(model).reason}")
-    capacity = config["block_size"] if config.command == "pt" else config["model_max_length"] if config["packing"] else None
-    if capacity is not None and not packed:
-        say("packing is off: padded batches hold one example a row")
-    groups = best_fit([len(ids) for ids in splits.train.dataset["input_ids"]], capacity) if capacity and packed else None
-    if groups is not None:
-        say(f"packed: {len(splits.train.dataset):,} examples in {len(groups):,} rows of at most {capacity} tokens")
     data = TrainingData(
-        Groups(splits.train.dataset, groups),
-        Groups(splits.validation.dataset) if splits.validation is not None else None,
+        group_rows(config, train, packed),
+        Groups(held_out.dataset) if held_out is not None else None,
         collate if packed else collate_padded,
     )
     os.environ["TENSORBOARD_LOGGING_DIR"] = config["logging_dir"]  # where the library's callback looks
@@ -154,6 +148,21 @@ def build_trainer(config: Config, args: TrainingArguments, model: Any, splits: S
     audit = [GradientAudit()] if config["audit"] else []
     use_callbacks(trainer, [Progress(None if not args.disable_tqdm else False), MetricsFile(Path(args.output_dir)), *audit])
     return trainer
+
+
+def group_rows(config: Config, train: Any, packed: bool) -> Groups | PackedStream:
+    """Which rows share a packed row: best fit for documents and with --packing, else each stands alone."""
+    wanted = config.command == "pt" or config["packing"]
+    capacity = rows.row_tokens(config, config.command) if wanted and packed else None  # type: ignore[arg-type]
+    if wanted and not packed:
+        say("packing is off: a padded batch holds one example a row")
+    if isinstance(train, RowStream):
+        return PackedStream(train, capacity)
+    if capacity is None:
+        return Groups(train.dataset)
+    groups = best_fit([len(ids) for ids in train.dataset["input_ids"]], capacity)
+    say(f"packed: {len(train.dataset):,} examples in {len(groups):,} rows of at most {capacity} tokens")
+    return Groups(train.dataset, groups)
 
 
 def train_and_evaluate(config: Config, trainer: ObjectiveTrainer, folder: Path, checkpoint: str | None) -> None:
@@ -172,5 +181,4 @@ def train_and_evaluate(config: Config, trainer: ObjectiveTrainer, folder: Path, 
         if trainer.args.process_index == 0:
             artifacts.write_results(folder, "eval", metrics)
     elif config.given("do_eval") and config["do_eval"]:
-        raise UserError("--do_eval True needs held-out rows: --validation_file_dir or --validation_split_percentage")
-    say(f"run folder: {folder}")
+        raise UserError(f"--do_eval True needs held-out rows: {HELD_OUT_FLAGS}")

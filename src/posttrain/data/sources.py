@@ -79,6 +79,8 @@ class HubSource:
         import datasets
 
         folder = Path(self.name)
+        if self.name.startswith((".", "/", "~")) and not folder.exists():
+            raise UserError(f"--dataset_name {self.name}: no such folder")
         saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()  # written by save_to_disk
         try:
             if saved:

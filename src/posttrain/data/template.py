@@ -5,8 +5,7 @@ add_generation_prompt=True)`, and the trained ids are the turn's own through its
 trained. Where a conversation's later prompts begin with the ids of the earlier ones and their answers, one row carries all
 turns; where they do not (Qwen3 drops earlier thinking, Baichuan's end token), each trained turn becomes a row of its own.
 
-An answer is tokenised as a continuation: the prompt's ids stay as they are. That differs from the ids of the whole text only
-where the tokenizer would join the last character of the prompt with the first of the answer.
+An answer is tokenised as a continuation, see chat_tokens.py.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
 from posttrain.data.chat_render import RENDER_ERRORS, find_stops, message_dicts, render, set_stop_tokens, stop_token_ids
+from posttrain.data.chat_tokens import continuation_ids, text_ids, tokenise
 from posttrain.data.template_files import DEFAULT, Template, label, list_templates, load_template
 from posttrain.types import Chat, Message, Prompt, RowError, UserError
 
@@ -38,8 +38,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_ANCHORS = ("\n", ":", "x", "1", "。")  # texts put before an answer, so that it is not tokenised as the start of a text
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """What generation sees, the header of the answer included. Raises RowError when the template cannot render a turn or drops it."""
-    return _ids(tokenizer, _prompt_text(tokenizer, prompt, message_dicts(prompt.messages), len(prompt.messages)))
+    return text_ids(tokenizer, _prompt_text(tokenizer, prompt, message_dicts(prompt.messages), len(prompt.messages)))
 
 
 def encode_chat(tokenizer: Any, chat: Chat) -> list[Encoded]:
@@ -124,67 +122,34 @@ def encode_chat(tokenizer: Any, chat: Chat) -> list[Encoded]:
     spoken = []
     for i in turns:
         prompt = _prompt_text(tokenizer, chat, dicts, i)
-        spoken.append(_Spoken(prompt, _ids(tokenizer, prompt), _answer_text(tokenizer, chat, dicts, i, prompt)))
-    return _one_row(tokenizer, spoken) or [_row(tokenizer, turn) for turn in spoken]
+        spoken.append((prompt, _answer_text(tokenizer, chat, dicts, i, prompt)))
+    cut = tokenise(tokenizer, spoken)
+    rows = [_row(tokenizer, cut, prompt, answer) for prompt, answer in spoken]
+    return _one_row(spoken, rows, set(stop_token_ids(tokenizer))) or rows
 
 
-@dataclass(frozen=True)
-class _Spoken:
-    """A trained turn: what generation is given, and what it has to say, its stop token included."""
-
-    prompt: str
-    prompt_ids: list[int]
-    answer: str
+def _row(tokenizer: Any, cut: Callable[[str], list[int]], prompt: str, answer: str) -> Encoded:
+    """A trained turn by itself: what generation is given, then what it has to say, its stop token included."""
+    head = cut(prompt)
+    ids = head + continuation_ids(tokenizer, cut, head, prompt, answer)
+    return Encoded(ids, [0] * len(head) + [1] * (len(ids) - len(head)), [(len(head), len(ids))])
 
 
-def _row(tokenizer: Any, turn: _Spoken) -> Encoded:
-    start = len(turn.prompt_ids)
-    ids = turn.prompt_ids + _continuation_ids(tokenizer, turn)
-    return Encoded(ids, [0] * start + [1] * (len(ids) - start), [(start, len(ids))])
-
-
-def _one_row(tokenizer: Any, spoken: Sequence[_Spoken]) -> list[Encoded] | None:
-    """All turns in one row, if each prompt is, on ids, the beginning of the last turn's row and each answer follows it there."""
-    last = _row(tokenizer, spoken[-1])
-    text = spoken[-1].prompt + spoken[-1].answer
-    stops = set(find_stops(tokenizer).ids)
-    trained = [0] * len(last.input_ids)
+def _one_row(spoken: Sequence[tuple[str, str]], rows: Sequence[Encoded], stops: set[int]) -> list[Encoded] | None:
+    """All turns in the last turn's row, if each prompt is, on ids, the beginning of that row and each answer follows it there."""
+    ids = rows[-1].input_ids
+    text = "".join(spoken[-1])
+    trained = [0] * len(ids)
     spans = []
-    for turn in spoken:
-        start = len(turn.prompt_ids)
-        if last.input_ids[:start] != turn.prompt_ids or not text.startswith(turn.prompt + turn.answer):
+    for (prompt, answer), row in zip(spoken, rows, strict=True):
+        start = row.turns[0][0]
+        if ids[:start] != row.input_ids[:start] or not text.startswith(prompt + answer):
             return None
         # An answer holds no stop token but its last, so the first one after the prompt ends it.
-        end = next(k for k in range(start, len(trained)) if last.input_ids[k] in stops) + 1
+        end = next(k for k in range(start, len(ids)) if ids[k] in stops) + 1
         trained[start:end] = [1] * (end - start)
         spans.append((start, end))
-    return [Encoded(last.input_ids, trained, spans)]
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False: a text longer than the model's context is cut by its caller, who says so.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-
-def _continuation_ids(tokenizer: Any, turn: _Spoken) -> list[int]:
-    """The answer's ids after the prompt's. Where the text as a whole is cut differently, the answer is cut by itself."""
-    whole = _ids(tokenizer, turn.prompt + turn.answer)
-    start = len(turn.prompt_ids)
-    if whole[:start] == turn.prompt_ids:
-        return whole[start:]
-    text = _text(tokenizer, whole)
-    candidates = [_ids(tokenizer, turn.answer)]
-    for anchor in _ANCHORS:
-        head = _ids(tokenizer, anchor)
-        both = _ids(tokenizer, anchor + turn.answer)
-        if both[: len(head)] == head:
-            candidates.append(both[len(head) :])
-    # A normaliser may join the two texts for good (a letter and its accent): then no cut says the same, and any will do.
-    return next((ids for ids in candidates if _text(tokenizer, turn.prompt_ids + ids) == text), candidates[-1])
-
-
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return [Encoded(ids, trained, spans)]
 
 
 # ---------------------------------------------------------------- texts, and what a template may not do to them
@@ -225,6 +190,8 @@ def _answer_text(tokenizer: Any, chat: Chat, dicts: list[dict[str, Any]], i: int
         raise RowError(chat.source, f"messages[{i}]", f"{reason} (…{prompt[-20:]!r}); choose another with --template_name")
     ends = [at + len(stop) for stop in stops.texts if (at := text.find(stop)) >= 0]
     text = text[: min(ends)] if ends else text + (stops.after_call if message.tool_calls else stops.after_answer)
+    if prompt.rstrip().endswith("<think>"):  # the prompt has opened the thought already
+        parts[0] = parts[0].lstrip().removeprefix("<think>")
     _require(tokenizer, chat, text, f"messages[{i}]", parts)
     return text
 

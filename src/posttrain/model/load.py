@@ -110,7 +110,7 @@ def load_model(
     Raises UserError for a folder that is none, an architecture that is not a causal language model, weights that are missing.
     """
     folder = resolve_model(name_or_path)
-    config = _load_config(name_or_path, folder, trust_remote_code, revision)
+    config = read_config(name_or_path, trust_remote_code, revision)
     if rope is not None:
         scale_rope(config, rope)
     chosen = hardware_dtype() if dtype == "auto" else getattr(torch, dtype)
@@ -134,7 +134,9 @@ def load_model(
     return model
 
 
-def _load_config(name: str, folder: str, trust_remote_code: bool, revision: str) -> Any:
+def read_config(name: str, trust_remote_code: bool = False, revision: str = "main") -> Any:
+    """A model's config. Raises UserError for a folder that is none and for what is not a causal language model."""
+    folder = resolve_model(name)
     path = Path(folder)
     if path.is_dir() and not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
@@ -231,7 +233,9 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
     """Raises UserError when the tokenizer has ids that the embedding lacks."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens but the model's embedding {rows} rows; use --resize_emb True")
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model's embedding {rows} rows: they do not belong together"
+        )
 
 
 def bytes_by_dtype(model: nn.Module) -> dict[str, int]:

@@ -34,8 +34,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torc
 class TokenLogprobs(NamedTuple):
     """What the forward returns when asked for tokens. A named tuple, so that DDP, FSDP and DeepSpeed find the tensors in it."""
 
-    logprobs_N: Tensor  # noqa: N815 - fp32, log p(target) at temperature
-    entropy_N: Tensor | None = None  # noqa: N815 - fp32 nats, when asked for
+    logprobs_N: Tensor
+    entropy_N: Tensor | None = None
     router_loss: Tensor | None = None  # mixture of experts with output_router_logits: coefficient × load balancing loss (a mean)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from posttrain.types import PackedBatch
 
@@ -80,6 +80,14 @@ def loader(
     """Batches of `dataset` in the order of `batches`; `workers` are the DataLoader's own arguments."""
     generator = torch.Generator().manual_seed(0)
     return EpochLoader(dataset, batch_sampler=batches, collate_fn=partial(_flat, collate=collate), generator=generator, **workers)
+
+
+def stream_loader(
+    stream: IterableDataset[list[dict[str, Any]]], batch_rows: int, collate: Callable[[list[dict[str, Any]]], PackedBatch]
+) -> DataLoader:
+    """Batches of a stream's groups, read in this process: its place is then exactly behind the last batch."""
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(stream, batch_size=batch_rows, collate_fn=partial(_flat, collate=collate), generator=generator)
 
 
 def _flat(groups: list[list[dict[str, Any]]], collate: Callable[[list[dict[str, Any]]], PackedBatch]) -> PackedBatch:

@@ -12,20 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from posttrain.training.batches import Batches, EpochLoader, Groups, loader
+from posttrain.data.pack_stream import PackedStream
+from posttrain.training.batches import Batches, EpochLoader, Groups, loader, stream_loader
 from posttrain.training.sums import Sums, averages
 from posttrain.types import Objective, PackedBatch, UserError
 
 SUMS_FILE = "metric_sums.json"
+STREAM_FILE = "stream_{}.json"  # by rank
+
+HELD_OUT_FLAGS = "--validation_file_dir or --validation_split_percentage"
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """The rows to train on and to hold out, and how a list of rows becomes a micro-batch."""
 
-    train: Groups
+    train: Groups | PackedStream
     held_out: Groups | None
     collate: Callable[[list[dict[str, Any]]], PackedBatch]
 
@@ -49,19 +54,26 @@ class ObjectiveTrainer(Trainer):
     loss_is_scaled_for_ga = True  # we divide by the weight of the whole optimizer step ourselves
 
     def __init__(self, model: nn.Module, args: TrainingArguments, data: TrainingData, objective: Objective, tokenizer: Any):
-        super().__init__(model=model, args=args, processing_class=tokenizer)
+        if data.held_out is None and args.eval_strategy != "no":
+            raise UserError(f"--eval_strategy {args.eval_strategy.value} needs held-out rows: {HELD_OUT_FLAGS}")
+        super().__init__(
+            model=model, args=args, processing_class=tokenizer, train_dataset=data.train, eval_dataset=data.held_out
+        )
         if args.n_gpu > 1:
             raise UserError(f"one process sees {args.n_gpu} GPUs: start one per GPU with torchrun --nproc_per_node {args.n_gpu}")
         self.data, self.objective = data, objective
-        self.train_dataset, self.eval_dataset = data.train, data.held_out
+        # A stream goes on at its own saved place: the library must not read and throw away what came before.
+        args.ignore_data_skip = isinstance(data.train, PackedStream)
         self.window = Sums(self._sum_over_ranks)  # since the last log
         self.run = Sums(self._sum_over_ranks)  # since step 0
         self._log_clock = (time.monotonic(), 0.0)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> EpochLoader:
-        """Shuffled by (data_seed, epoch); the same rows per step for every world size."""
+    def get_train_dataloader(self) -> DataLoader:
+        """Shuffled by (data_seed, epoch); the same rows per step for every world size. A stream comes in its own order."""
+        if isinstance(self.data.train, PackedStream):
+            return stream_loader(self.data.train, self._train_batch_size, self.data.collate)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return self._loader(self.data.train, self._train_batch_size, seed, drop_last=self.args.dataloader_drop_last)
 
@@ -69,7 +81,7 @@ class ObjectiveTrainer(Trainer):
         """In order, every row once."""
         rows = eval_dataset if eval_dataset is not None else self.data.held_out
         if rows is None:
-            raise UserError("evaluation needs held-out rows: name --validation_file_dir or --validation_split_percentage")
+            raise UserError(f"evaluation needs held-out rows: {HELD_OUT_FLAGS}")
         return self._loader(rows, self.args.eval_batch_size, None, drop_last=False)
 
     def _loader(self, rows: Groups, batch_rows: int, seed: int | None, drop_last: bool) -> EpochLoader:
@@ -117,6 +129,8 @@ class ObjectiveTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put the window's exact averages in place of the loop's mean of means."""
+        if isinstance(self.data.train, PackedStream):
+            self.state.epoch = self.state.global_step / self.state.max_steps  # a stream has no epochs: the share of the run
         if "loss" in logs:
             logs = self._train_logs(logs)
         elif "train_loss" in logs:
@@ -185,19 +199,32 @@ class ObjectiveTrainer(Trainer):
         saved = {"window": self.window.totals(), "run": self.run.totals()}
         if not all(math.isfinite(total) for total, _ in saved["run"].values()):
             raise UserError(f"the loss is not finite by step {self.state.global_step}; no checkpoint is written over a good one")
-        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.data.train, PackedStream):
+            place = json.dumps(self.data.train.state_dict())
+            (folder / STREAM_FILE.format(self.args.process_index)).write_text(place, encoding="utf-8")
         if self.args.should_save:
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             (folder / SUMS_FILE).write_text(json.dumps(saved), encoding="utf-8")
+        super()._save_checkpoint(model, trial)  # writes trainer_state.json last: what marks a checkpoint as whole
         self._off_the_clock(began)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        file = Path(checkpoint, SUMS_FILE) if checkpoint else None
-        if file is not None and file.is_file() and self.args.process_index == 0:
-            saved = json.loads(file.read_text(encoding="utf-8"))
+        if checkpoint is None:
+            return
+        sums = Path(checkpoint, SUMS_FILE)
+        if sums.is_file() and self.args.process_index == 0:
+            saved = json.loads(sums.read_text(encoding="utf-8"))
             self.window.load(saved["window"])
             self.run.load(saved["run"])
+        if isinstance(self.data.train, PackedStream):
+            place = Path(checkpoint, STREAM_FILE.format(self.args.process_index))
+            if not place.is_file():
+                raise UserError(
+                    f"{checkpoint}: {place.name} is missing: it was saved with fewer processes, or without --streaming"
+                )
+            self.data.train.load_state_dict(json.loads(place.read_text(encoding="utf-8")))
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted per step (the library's formula knows neither LoRA nor packing); the benchmarks count."""

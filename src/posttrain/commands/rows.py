@@ -1,0 +1,81 @@
+"""From flags to rows: the source, how an example is encoded, and the prepared or streamed data of a stage."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from posttrain import flags
+from posttrain.config import Config
+from posttrain.data.formats import KIND_OF_STAGE
+from posttrain.data.load import DataPlan, DataSource, Encode, Splits, load_rows, load_splits, stream_rows
+from posttrain.data.sources import parse_weights
+from posttrain.data.stream import RowStream
+from posttrain.data.tokenize import EncodeChat, EncodeText, fingerprint
+from posttrain.types import Stage, UserError
+
+
+def row_tokens(config: Config, stage: Stage) -> int:
+    """The longest row of a stage."""
+    return config["block_size"] if stage == "pt" else config["model_max_length"]
+
+
+def encoder(config: Config, stage: Stage, tokenizer: Any) -> Encode:
+    """How an example of the stage becomes columns."""
+    longest = row_tokens(config, stage)
+    return EncodeText(tokenizer, longest) if stage == "pt" else EncodeChat(tokenizer, longest)
+
+
+def train_source(config: Config) -> DataSource:
+    """The training data that the user named. UserError when there is none."""
+    data = config.group(flags.DataFlags)
+    if not (data.train_file_dir or data.dataset_name):
+        raise UserError(f"posttrain {config.command} needs data: --train_file_dir or --dataset_name")
+    return DataSource(
+        data.train_file_dir, data.dataset_name, data.dataset_config_name,
+        data_format=data.data_format, weights=parse_weights(data.dataset_weights),
+    )  # fmt: skip
+
+
+def held_out_source(config: Config) -> DataSource | None:
+    """The held-out data that the user named, if any."""
+    data = config.group(flags.DataFlags)
+    if not data.validation_file_dir:
+        return None
+    return DataSource(data.validation_file_dir, data_format=data.data_format, flag="--validation_file_dir")
+
+
+def plan(config: Config, stage: Stage, seed: int = 42) -> DataPlan:
+    """How rows become examples."""
+    data = config.group(flags.DataFlags)
+    return DataPlan(
+        kind=KIND_OF_STAGE[stage], bad_rows=data.bad_rows, max_rows=data.max_train_samples, seed=seed,
+        workers=data.preprocessing_num_workers, cache_dir=config["cache_dir"], overwrite_cache=data.overwrite_cache,
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
+
+
+def load(config: Config, stage: Stage, tokenizer: Any) -> Splits:
+    """Training and held-out rows, tokenized, from the cache where the same was prepared before."""
+    data = config.group(flags.DataFlags)
+    key = fingerprint(tokenizer, longest=row_tokens(config, stage), stage=stage)
+    return load_splits(
+        train_source(config), held_out_source(config), plan(config, stage, config["seed"]), encoder(config, stage, tokenizer), key,
+        data.validation_split_percentage, data.max_eval_samples,
+    )  # fmt: skip
+
+
+def load_held_out(config: Config, stage: Stage, tokenizer: Any) -> Any:
+    """Only the held-out rows (beside a stream), or None."""
+    source = held_out_source(config)
+    if source is None:
+        return None
+    limited = DataPlan(**{**vars(plan(config, stage)), "max_rows": config["max_eval_samples"]})
+    key = fingerprint(tokenizer, longest=row_tokens(config, stage), stage=stage)
+    return load_rows(source, limited, encoder(config, stage, tokenizer), key)
+
+
+def stream(config: Config, stage: Stage, tokenizer: Any, seed: int = 42, shuffle_buffer_rows: int = 0, **ranks: int) -> RowStream:
+    """Training rows that are read and encoded as they are asked for."""
+    encode = encoder(config, stage, tokenizer)
+    return stream_rows(train_source(config), plan(config, stage, seed), encode, shuffle_buffer_rows, **ranks)

@@ -1,0 +1,129 @@
+"""The merge certificate: a written model folder answers like the base with its adapter on.
+
+The folder is read back by plain transformers and its logits on fixed texts are compared with those of base + adapter, both in
+float32 arithmetic, so that the difference is that of the rounded weights and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Japan is",
+    "Question: I have had a dry cough for three days. What should I do?\nAnswer: In short:",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + ",
+    "1 + 1 = 2, 12 * 12 = 144, 2024 - 1999 =",
+    "糖尿病患者平时应该注意什么？\n首先，",
+)
+# Largest mean KL divergence (nats a token) that rounding the weights to a type may cause; a wrong scale, a forgotten layer or a
+# tied head gone astray lies orders above. Rounding noise is relative, so the bound on single logits scales with their spread.
+KL_NATS = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 5e-3}
+LOGIT_SPREADS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.2}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared. `base` and `adapter` are the folders; differences are merged against base + adapter."""
+
+    base: str
+    adapter: str
+    dtype: str
+    n_tokens: int
+    max_abs_logit: float  # the largest difference of a logit
+    max_abs_logit_allowed: float
+    mean_kl_nats: float
+    mean_kl_nats_allowed: float
+    max_kl_nats: float
+    argmax_agreement: float
+    adapter_kl_nats: float  # mean KL of base + adapter against the base alone: what the adapter does
+    tied_head: bool
+    tokenizer_equal: bool
+    template_equal: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether the merged model may be used. Written so that a NaN fails."""
+        close = self.max_abs_logit <= self.max_abs_logit_allowed and self.mean_kl_nats <= self.mean_kl_nats_allowed
+        return close and self.tokenizer_equal and self.template_equal
+
+    @property
+    def kept(self) -> float:
+        """The share of the adapter's effect that survived rounding, as 1 − KL(merged) / KL(adapter's own effect)."""
+        return 1 - self.mean_kl_nats / self.adapter_kl_nats if self.adapter_kl_nats > 0 else 1.0
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"merge certificate: {'passed' if self.ok else 'FAILED'} ({self.dtype}, {self.n_tokens} tokens of {len(PROMPTS)} texts)",
+                f"  largest logit difference  {self.max_abs_logit:.2e}  (allowed {self.max_abs_logit_allowed:.2e})",
+                f"  mean KL divergence        {self.mean_kl_nats:.2e}  (allowed {self.mean_kl_nats_allowed:.2e}; largest {self.max_kl_nats:.2e})",
+                f"  same first choice         {100 * self.argmax_agreement:.1f} % of tokens",
+                f"  the adapter itself        {self.adapter_kl_nats:.2e} KL against the base; {100 * self.kept:.1f} % of it kept",
+                f"  head {'tied' if self.tied_head else 'untied'}; tokenizer {_equal(self.tokenizer_equal)};"
+                f" chat template {_equal(self.template_equal)}",
+            ]
+        )
+
+
+def _equal(same: bool) -> str:
+    return "as trained" if same else "CHANGED"
+
+
+def certify(
+    folder: Path, names: tuple[str, str, str], tokenizer: Any, ids: list[Tensor], references: tuple[list[Tensor], list[Tensor]]
+) -> Certificate:
+    """Read the folder back as any user of transformers would and compare.
+
+    `names`: base, adapter and the written type. `ids`: the texts' token ids, each (1, T). `references`: logits (T, V) a text of
+    base + adapter, and of the base alone.
+    """
+    base, adapter, dtype = names
+    again = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = torch.cat(references[0])
+    actual = torch.cat(logits(model, ids))
+    kl = _kl_nats(expected, actual)
+    head = model.get_output_embeddings()
+    return Certificate(
+        base=base,
+        adapter=adapter,
+        dtype=dtype,
+        n_tokens=len(expected),
+        max_abs_logit=(expected - actual).abs().max().item(),
+        max_abs_logit_allowed=LOGIT_SPREADS[dtype] * expected.std(-1).mean().item(),
+        mean_kl_nats=kl.mean().item(),
+        mean_kl_nats_allowed=KL_NATS[dtype],
+        max_kl_nats=kl.max().item(),
+        argmax_agreement=(expected.argmax(-1) == actual.argmax(-1)).float().mean().item(),
+        adapter_kl_nats=_kl_nats(expected, torch.cat(references[1])).mean().item(),
+        tied_head=head is not None and head.weight is model.get_input_embeddings().weight,
+        tokenizer_equal=_same_tokenizer(tokenizer, again),
+        template_equal=tokenizer.chat_template == again.chat_template,
+    )
+
+
+def _kl_nats(expected: Tensor, actual: Tensor) -> Tensor:
+    """KL(expected ‖ actual) per token from logits (T, V). Sums in float64: in float32 the noise floor is 1e-7 × ln V."""
+    rows = []
+    for p, q in zip(expected.split(16), actual.split(16), strict=True):
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        rows.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))
+    return torch.cat(rows)
+
+
+def _same_tokenizer(tokenizer: Any, again: Any) -> bool:
+    same_ids = all(tokenizer(prompt)["input_ids"] == again(prompt)["input_ids"] for prompt in PROMPTS)
+    same_marks = (tokenizer.eos_token_id, tokenizer.pad_token_id) == (again.eos_token_id, again.pad_token_id)
+    return same_ids and same_marks and tokenizer.get_vocab() == again.get_vocab()
+
+
+@torch.no_grad()
+def logits(model: Any, ids: list[Tensor]) -> list[Tensor]:
+    """Per prompt, logits of shape (T, V) in float32."""
+    return [model(input_ids=prompt_ids, use_cache=False).logits[0].float() for prompt_ids in ids]

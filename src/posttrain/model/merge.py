@@ -1,0 +1,170 @@
+"""Adapter + base → one plain model folder, with a certificate that it answers like the two together (certificate.py).
+
+The sum is computed in float32 and rounded once, to the type that is written.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from posttrain.model.adapter import load_adapter, read_adapter_config
+from posttrain.model.certificate import PROMPTS, Certificate, certify, logits
+from posttrain.model.embedded import resolve_model
+from posttrain.model.load import DType, load_model, read_config, resize_embeddings
+from posttrain.types import UserError
+
+CERTIFICATE = "merge_certificate.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def merge_tokenizer_folder(base: str, adapter: str, tokenizer_path: str | None = None) -> str:
+    """Whose tokenizer the merged model gets: the named one, else the one trained with (the adapter's), else the base's."""
+    if tokenizer_path:
+        return tokenizer_path
+    return adapter if any((Path(adapter) / file).is_file() for file in TOKENIZER_FILES) else base
+
+
+def merge_adapter(
+    base: str,
+    adapter: str,
+    output: Path,
+    tokenizer: Any,
+    *,
+    resize_emb: bool = False,
+    dtype: DType = "auto",
+    write: WriteOptions | None = None,
+) -> Certificate:
+    """Write `output`: weights, config, stop tokens, tokenizer with its template, certificate. Nothing is left there on failure.
+
+    `dtype` "auto" is the base's own. Raises UserError for a quantised base, an adapter of another base or kind, a vocabulary
+    that needs `resize_emb`; RuntimeError when the certificate fails.
+    """
+    write = write or WriteOptions()
+    check_output(output, base, adapter, write.overwrite)
+    config = read_config(base, write.trust_remote_code)
+    check_mergeable(base, config, read_adapter_config(adapter), adapter)
+    stored = str(config.dtype or torch.float32).removeprefix("torch.")
+    written = stored if dtype == "auto" else dtype
+    model = load_model(base, "float32", trust_remote_code=write.trust_remote_code)
+    _fit_vocabulary(model, tokenizer, adapter, resize_emb)
+    adapted = load_adapter(model, adapter, trainable=False).eval()
+    ids = [prompt_ids for prompt in PROMPTS if (prompt_ids := tokenizer(prompt, return_tensors="pt")["input_ids"]).numel()]
+    expected, alone = _reference(adapted, ids)
+    merged = _merge(adapted, adapter)
+    _set_stops(merged, tokenizer, write.stop_token_ids)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
+        merged.to(getattr(torch, written)).save_pretrained(work, max_shard_size=write.max_shard_size)
+        tokenizer.save_pretrained(work)
+        del model, adapted, merged  # the reading back needs the memory
+        gc.collect()
+        certificate = certify(Path(work), (base, adapter, written), tokenizer, ids, (expected, alone))
+        if not certificate.ok:
+            raise RuntimeError(f"the merged model is not base + adapter; nothing was written\n{certificate}")
+        content = {**asdict(certificate), "adapter_kept": certificate.kept, "ok": certificate.ok}
+        (Path(work) / CERTIFICATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _move(Path(work), output)
+    return certificate
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How the folder is written. `stop_token_ids`: where generation ends (None: at the tokenizer's end token)."""
+
+    max_shard_size: str = "5GB"
+    overwrite: bool = False  # into a folder that is not empty
+    trust_remote_code: bool = False
+    stop_token_ids: tuple[int, ...] | None = None
+
+
+def check_output(output: Path, base: str, adapter: str, overwrite: bool) -> None:
+    """Raises UserError where the merged model would destroy what it is made from, or something else."""
+    for flag, source in (("--base_model", resolve_model(base)), ("--lora_model", adapter)):
+        if Path(source).exists() and output.resolve() == Path(source).resolve():
+            raise UserError(f"--output_dir {output}: is {flag} itself; name another folder")
+    if output.is_file():
+        raise UserError(f"--output_dir {output}: is a file")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise UserError(f"--output_dir {output}: is not empty; name another folder or use --overwrite_output_dir True")
+
+
+def check_mergeable(base: str, config: Any, settings: dict[str, Any], adapter: str) -> None:
+    """Raises UserError where a sum of weights is not defined or would be rounded away."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")
+        raise UserError(
+            f"--base_model {base}: its weights are stored quantised ({getattr(method, 'value', method)}); rounding the sum to that"
+            " grid would lose the adapter: name the full-precision model it was made from"
+        )
+    if settings.get("peft_type") != "LORA":
+        raise UserError(
+            f"--lora_model {adapter}: is a {settings.get('peft_type')} adapter; only LoRA can be added to the weights"
+        )
+    if settings.get("task_type") not in (None, "CAUSAL_LM"):
+        raise UserError(f"--lora_model {adapter}: is an adapter for {settings['task_type']}, not for a causal language model")
+
+
+def _fit_vocabulary(model: PreTrainedModel, tokenizer: Any, adapter: str, resize_emb: bool) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= rows:
+        return
+    if not resize_emb:
+        raise UserError(
+            f"--lora_model {adapter}: was trained with a vocabulary of {len(tokenizer)} tokens, the base has {rows} rows;"
+            " use --resize_emb True"
+        )
+    resize_embeddings(model, tokenizer)
+
+
+def _reference(adapted: PeftModel, ids: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits of base + adapter, and of the base alone."""
+    expected = logits(adapted, ids)
+    with adapted.disable_adapter():
+        return expected, logits(adapted, ids)
+
+
+def _merge(adapted: PeftModel, adapter: str) -> PreTrainedModel:
+    try:
+        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # what peft raises over a NaN
+        raise UserError(f"--lora_model {adapter}: holds weights that are not numbers ({error})") from error
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    # An adapter that trained only one of a tied pair leaves two different tensors; saying so keeps both in the file.
+    merged.config.tie_word_embeddings = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
+    return merged
+
+
+def _set_stops(model: PreTrainedModel, tokenizer: Any, stop_token_ids: tuple[int, ...] | None) -> None:
+    """End and padding tokens, where servers look for them."""
+    settings = model.generation_config
+    ids = list(stop_token_ids) if stop_token_ids else [tokenizer.eos_token_id]
+    settings.eos_token_id = ids if len(ids) > 1 else ids[0]
+    settings.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = settings.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if settings.temperature is not None or settings.top_p is not None or settings.top_k is not None:
+        settings.do_sample = True  # older folders say how to sample but not that, and transformers refuses to save them
+
+
+def _move(work: Path, output: Path) -> None:
+    """Put the finished files in place; weights of an earlier merge go first, or a loader might pick up an old shard."""
+    output.mkdir(exist_ok=True)
+    for stale in [*output.glob("*.safetensors*"), *output.glob("pytorch_model*")]:
+        stale.unlink()
+    for file in sorted(work.iterdir()):
+        if file.is_dir() and (output / file.name).is_dir():
+            shutil.rmtree(output / file.name)
+        os.replace(file, output / file.name)
