@@ -71,6 +71,10 @@ class Config:
         new = {name: Value(value, "derived") for name, value in derived.items() if not self.given(name)}
         return dataclasses.replace(self, values={**self.values, **new})
 
+    def replace(self, name: str, value: Any) -> Config:
+        """The same flags with one value worked out, for flags whose given value asks for that (auto, -1)."""
+        return dataclasses.replace(self, values={**self.values, name: Value(value, "derived")})
+
     def table(self) -> str:
         """What is not a default, one line each with its origin."""
         rows = [(n, v) for n, v in self.values.items() if v.origin != "default"]

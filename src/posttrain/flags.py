@@ -38,6 +38,11 @@ class ModelFlags:
     padding_free: bool = flag(
         True, "Compute examples as segments of one row without padding, where the model allows it exactly. False: padded batches."
     )
+    forward_tokens: int = flag(
+        -1,
+        "Most tokens computed at once. A larger micro-batch is cut between examples: same update, less memory. 0: no cut."
+        " -1: 1024 on a CPU, 16384 elsewhere.",
+    )
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,8 @@ class ConvertFlags:
 
     in_file: str = flag(REQUIRED, "File to convert.")
     out_file: str = flag(REQUIRED, "JSONL to write (ShareGPT conversations).")
-    data_type: Literal["auto", "alpaca", "qa", "sharegpt", "openai", "hh", "text", "json2jsonl"] = flag("auto", "Format of the rows.")
+    data_type: Literal["auto", "alpaca", "qa", "sharegpt", "openai", "hh", "text", "json2jsonl"] = flag(
+        "auto", "Format of the rows."
+    )
     file_type: Literal["auto", "json", "jsonl", "csv", "parquet", "txt"] = flag("auto", "Type of the file. auto: by its name.")
     bad_rows: Literal["error", "skip"] = flag("skip", "On a row that cannot be used: stop, or skip and count.")

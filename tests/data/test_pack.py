@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import random_rows
-from posttrain.data.pack import best_fit, collate, collate_padded
+from posttrain.data.pack import best_fit, collate, collate_padded, split
 
 
 @given(st.lists(st.integers(1, 64), max_size=200))
@@ -61,3 +61,22 @@ def test_padded_and_packed_hold_the_same_targets() -> None:
     assert got == expected_targets(rows)
     assert torch.equal(padded.targets_N, packed.targets_N)
     assert padded.n_tokens == packed.n_tokens == int(padded.attention_mask_BT.sum())  # type: ignore[union-attr]
+
+
+@given(st.integers(1, 12), st.integers(1, 150), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_split_is_the_same_batch_in_parts(n_rows: int, max_tokens: int, seed: int) -> None:
+    rows = random_rows(n_rows, seed=seed)
+    parts = split(collate(rows), max_tokens)
+    assert all(p.n_tokens <= max_tokens or p.n_sequences == 1 for p in parts)
+    # Next fit: a part and the first row of the next one do not fit together.
+    for this, following in zip(parts, parts[1:], strict=False):
+        assert this.n_tokens + following.segments.segments[0].end > max_tokens  # type: ignore[union-attr]
+    at = 0
+    for part in parts:
+        expected = collate(rows[at : at + part.n_sequences])
+        at += part.n_sequences
+        for name in ("input_ids_BT", "position_ids_BT", "predict_N", "targets_N", "sequence_N"):
+            assert torch.equal(getattr(part, name), getattr(expected, name)), name
+        assert part.segments == expected.segments
+    assert at == n_rows

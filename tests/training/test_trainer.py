@@ -26,7 +26,7 @@ from posttrain.types import UserError
 ROWS = random_rows(24)
 
 
-def make_trainer(folder: Path, lora: bool = True, padded: bool = False, groups: Any = None, **changes: Any) -> ObjectiveTrainer:
+def make_trainer(folder: Path, lora: bool = True, padded: bool = False, groups: Any = None, forward: int = 0, **changes: Any) -> ObjectiveTrainer:
     model = tiny_llama()
     if lora:
         torch.manual_seed(1)
@@ -40,7 +40,7 @@ def make_trainer(folder: Path, lora: bool = True, padded: bool = False, groups: 
         "lr_scheduler_type": "constant", "disable_tqdm": True, "seed": 3,
     }  # fmt: skip
     args = TrainingArguments(str(folder), **{**settings, **changes})
-    data = TrainingData(Groups(ROWS, groups), Groups(random_rows(7, seed=9)), collate_padded if padded else collate)
+    data = TrainingData(Groups(ROWS, groups), Groups(random_rows(7, seed=9)), collate_padded if padded else collate, forward)
     trainer = ObjectiveTrainer(model, args, data, OBJECTIVES["sft"], None)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -59,6 +59,7 @@ def test_update_does_not_depend_on_the_cut(tmp_path: Path, lora: bool) -> None:
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "padded": True},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+        {"per_device_train_batch_size": 8, "forward": 50},
     ]
     # SGD, not Adam: Adam's first steps are signs, and a gradient of rounding size would flip them.
     results, losses = [], []

@@ -15,6 +15,8 @@ from posttrain.model.load import DType, load_tokenizer
 from posttrain.model.merge import WriteOptions, merge_adapter, merge_tokenizer_folder
 from posttrain.training import artifacts
 
+WEAK = 0.9  # share of the adapter's effect below which the user is told
+
 
 def run(config: Config) -> None:
     """Merge, print the certificate, name the parents in `run.json`."""
@@ -30,6 +32,8 @@ def run(config: Config) -> None:
         "adapter": artifacts.parent(chosen.lora_model, chosen.lora_model),
     }
     artifacts.write_run(Path(chosen.output_dir), "merge", config.saved(), parents=parents)
+    if certificate.kept < WEAK:
+        say("note: rounding ate a part of this weak adapter; --dtype float32 keeps all of it")
     say(f"{certificate}\nmerged model: {chosen.output_dir}")
 
 

@@ -142,6 +142,7 @@ def build_trainer(
         group_rows(config, train, packed),
         Groups(held_out.dataset) if held_out is not None else None,
         collate if packed else collate_padded,
+        config["forward_tokens"],
     )
     os.environ["TENSORBOARD_LOGGING_DIR"] = config["logging_dir"]  # where the library's callback looks
     trainer = ObjectiveTrainer(model, args, data, OBJECTIVES[config.command], tokenizer)  # type: ignore[index]

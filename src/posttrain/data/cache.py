@@ -64,7 +64,9 @@ class RowWriter:
             self._writer.close()
         ledger.write(self.folder / _LEDGER)
         index = self.index
-        counts, hashes, datasets = (np.asarray(c, dtype=np.int64) for c in (index.encoded_rows, index.content_hashes, index.datasets))
+        counts, hashes, datasets = (
+            np.asarray(c, dtype=np.int64) for c in (index.encoded_rows, index.content_hashes, index.datasets)
+        )
         np.savez(self.folder / _EXAMPLES, encoded_rows=counts, content_hashes=hashes, datasets=datasets)
 
 

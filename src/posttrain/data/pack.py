@@ -94,3 +94,44 @@ def collate_padded(rows: Sequence[Row]) -> PackedBatch:
         n_tokens=int(mask_BT.sum()),
         attention_mask_BT=torch.from_numpy(mask_BT),
     )
+
+
+def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
+    """Cut a packed batch into parts of at most `max_tokens` where a root segment begins; one that is longer stays whole.
+
+    The parts hold the same segments and targets, so the sums over them are those of the batch: the same update from less memory.
+    A padded batch, and one with per-sequence extras, comes back as it is.
+    """
+    if batch.segments is None or batch.n_tokens <= max_tokens or batch.extras:
+        return [batch]
+    segments = batch.segments.segments
+    roots = [i for i, segment in enumerate(segments) if segment.parent is None]
+    cuts = [0]
+    for root, next_root in zip(roots, [*roots[1:], len(segments)], strict=True):
+        end = segments[next_root - 1].end
+        if end - segments[cuts[-1]].start > max_tokens and root > cuts[-1]:
+            cuts.append(root)
+    bounds = list(zip(cuts, [*cuts[1:], len(segments)], strict=True))
+    return [_part(batch, first, last) for first, last in bounds]
+
+
+def _part(batch: PackedBatch, first: int, last: int) -> PackedBatch:
+    """Segments [first, last) of a packed batch as a batch of their own."""
+    assert batch.segments is not None
+    segments = batch.segments.segments
+    start, end = segments[first].start, segments[last - 1].end
+    # Targets come in the order of their positions, and so do their sequences.
+    low, high = (int(torch.searchsorted(batch.predict_N, bound)) for bound in (start, end))
+    moved = tuple(
+        Segment(s.start - start, s.end - start, None if s.parent is None else s.parent - first) for s in segments[first:last]
+    )
+    return PackedBatch(
+        input_ids_BT=batch.input_ids_BT[:, start:end],
+        position_ids_BT=batch.position_ids_BT[:, start:end],
+        predict_N=batch.predict_N[low:high] - start,
+        targets_N=batch.targets_N[low:high],
+        sequence_N=batch.sequence_N[low:high] - first,
+        n_sequences=last - first,
+        n_tokens=end - start,
+        segments=SegmentTable(moved),
+    )

@@ -55,24 +55,30 @@ def list_templates() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.startswith("_")))
 
 
-@cache
 def load_template(name: str) -> Template:
-    """A named template, or a file's when `name` is a path (it ends in .jinja or holds a slash). Raises UserError when unknown."""
+    """A named template, or a file's when `name` is a path (it ends in .jinja or holds a slash). Raises UserError when unknown.
+
+    Capitals, hyphens, dots and underscores do not matter in a name, and other names of a family are known (`aliases`).
+    """
     if name.endswith((".jinja", ".jinja2", ".j2")) or "/" in name:
         path = Path(name).expanduser()
         if not path.is_file():
             raise UserError(f"--template_name {name}: no such file")
         return _parse(name, _read(path))
-    wanted = _plain(name)
-    if wanted in list_templates():
-        return _parse(wanted, _read(FOLDER / f"{wanted}.jinja"))
-    others = {_plain(alias): known for known in list_templates() for alias in load_template(known).aliases}
-    if wanted in others:
-        return load_template(others[wanted])
-    known = [*list_templates(), *others]
-    near = difflib.get_close_matches(wanted, known, n=1)
-    guess = f"did you mean {near[0]}? " if near else ""
+    known = _named()
+    if _plain(name) in known:
+        return known[_plain(name)]
+    near = difflib.get_close_matches(_plain(name), known, n=1)
+    guess = f"did you mean {known[near[0]].name}? " if near else ""
     raise UserError(f"--template_name {name}: unknown; {guess}known: {', '.join(list_templates())}; or give a .jinja file")
+
+
+@cache
+def _named() -> dict[str, Template]:
+    """Every named template, under its name and under its aliases."""
+    templates = [_parse(name, _read(FOLDER / f"{name}.jinja")) for name in list_templates()]
+    aliases = {_plain(alias): template for template in templates for alias in template.aliases}
+    return aliases | {_plain(template.name): template for template in templates}
 
 
 def label(chat_template: str | dict[str, str] | None) -> str:
@@ -95,7 +101,7 @@ def _read(path: Path) -> str:
 
 
 def _plain(name: str) -> str:
-    return name.lower().replace("-", "_")
+    return re.sub(r"[-_. ]", "", name.lower())
 
 
 def _parse(name: str, text: str) -> Template:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from posttrain.model.segments import NO_MASK_SHAPE, MisfitError, segment_attention
+from posttrain.model.kernels import NO_MASK_SHAPE, segment_attention
+from posttrain.model.segments import MisfitError
 from posttrain.types import Segment, SegmentTable
 
 if TYPE_CHECKING:

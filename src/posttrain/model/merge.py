@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.model.adapter import load_adapter, read_adapter_config
-from posttrain.model.certificate import PROMPTS, Certificate, certify, logits
+from posttrain.model.certificate import PROMPTS, Certificate, References, certify, logits
 from posttrain.model.embedded import resolve_model
 from posttrain.model.load import DType, load_model, read_config, resize_embeddings
 from posttrain.types import UserError
@@ -61,8 +60,11 @@ def merge_adapter(
     _fit_vocabulary(model, tokenizer, adapter, resize_emb)
     adapted = load_adapter(model, adapter, trainable=False).eval()
     ids = [prompt_ids for prompt in PROMPTS if (prompt_ids := tokenizer(prompt, return_tensors="pt")["input_ids"]).numel()]
-    expected, alone = _reference(adapted, ids)
-    merged = _merge(adapted, adapter)
+    expected = logits(adapted, ids)
+    with adapted.disable_adapter():
+        base_alone = logits(adapted, ids)
+    merged = _merge(adapted, adapter).eval()
+    references = References(expected, base_alone, logits(merged, ids))
     _set_stops(merged, tokenizer, write.stop_token_ids)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
@@ -70,7 +72,7 @@ def merge_adapter(
         tokenizer.save_pretrained(work)
         del model, adapted, merged  # the reading back needs the memory
         gc.collect()
-        certificate = certify(Path(work), (base, adapter, written), tokenizer, ids, (expected, alone))
+        certificate = certify(Path(work), (base, adapter, written), tokenizer, ids, references)
         if not certificate.ok:
             raise RuntimeError(f"the merged model is not base + adapter; nothing was written\n{certificate}")
         content = {**asdict(certificate), "adapter_kept": certificate.kept, "ok": certificate.ok}
@@ -129,13 +131,6 @@ def _fit_vocabulary(model: PreTrainedModel, tokenizer: Any, adapter: str, resize
     resize_embeddings(model, tokenizer)
 
 
-def _reference(adapted: PeftModel, ids: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits of base + adapter, and of the base alone."""
-    expected = logits(adapted, ids)
-    with adapted.disable_adapter():
-        return expected, logits(adapted, ids)
-
-
 def _merge(adapted: PeftModel, adapter: str) -> PreTrainedModel:
     try:
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
@@ -164,6 +159,8 @@ def _move(work: Path, output: Path) -> None:
     output.mkdir(exist_ok=True)
     for stale in [*output.glob("*.safetensors*"), *output.glob("pytorch_model*")]:
         stale.unlink()
+    for file in work.glob("*.safetensors"):
+        shutil.copymode(work / "config.json", file)  # safetensors writes for the owner only; a server runs as somebody else
     for file in sorted(work.iterdir()):
         if file.is_dir() and (output / file.name).is_dir():
             shutil.rmtree(output / file.name)

@@ -1,28 +1,13 @@
-"""The attention function for packed rows: each segment sees its ancestors in full and itself causally.
-
-On CPU each segment is one SDPA call; on CUDA the row is one `torch.nn.attention.varlen` call with keys and values gathered per segment.
-No T×T mask is ever built. Prefix sharing (a prompt and its branches in one row): arXiv 2410.20305.
-"""
+"""What a token of a packed row sees: its segment up to itself, the ancestors in full, and no further back than the layer looks."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from posttrain.types import SegmentTable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-# Given to the decoder in place of a mask: transformers hands a 4-D mask on as it is, and so neither builds one nor looks at the positions.
-NO_MASK_SHAPE = (1, 1, 0, 0)
 
 
 class MisfitError(ValueError):
@@ -40,10 +25,10 @@ class Locality(NamedTuple):
         limit = self.window_tokens or self.chunk_tokens
         return limit is not None and n_tokens > limit
 
-    def mask(self, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
-        """Visible pairs, (n_queries, n_keys) of bool. The queries are the last of the keys (causal, bottom-right)."""
-        query = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
-        key = torch.arange(n_keys, device=device)[None, :]
+    def visible(self, queries: range, keys: range, device: torch.device) -> Tensor:
+        """Visible pairs of positions, (queries, keys) of bool."""
+        query = torch.arange(queries.start, queries.stop, device=device)[:, None]
+        key = torch.arange(keys.start, keys.stop, device=device)[None, :]
         visible = key <= query
         if self.window_tokens is not None:
             visible &= key > query - self.window_tokens
@@ -69,15 +54,6 @@ def layer_locality(module: nn.Module, sliding_window: int | None) -> Locality:
     return Locality()
 
 
-class View(NamedTuple):
-    """What one segment [start, end) sees: `runs` of tokens, in order, its own last; `mask` is None where plain causal attention does."""
-
-    start: int
-    end: int
-    runs: list[tuple[int, int]]
-    mask: Tensor | None
-
-
 def visible_runs(table: SegmentTable, index: int) -> list[tuple[int, int]]:
     """The token runs [start, end) that a segment sees, in order, its own last; neighbours are joined."""
     runs: list[tuple[int, int]] = []
@@ -87,134 +63,3 @@ def visible_runs(table: SegmentTable, index: int) -> list[tuple[int, int]]:
         else:
             runs.append((segment.start, segment.end))
     return runs
-
-
-# A model asks for the same plan in every layer; two entries, for models that alternate full and sliding layers.
-@functools.lru_cache(maxsize=2)
-def views(table: SegmentTable, locality: Locality, device: torch.device) -> list[View]:
-    """The views of all segments of a row."""
-    plan = []
-    with torch.inference_mode(False):  # a mask made in evaluation must serve in training too
-        for index, segment in enumerate(table.segments):
-            runs = visible_runs(table, index)
-            n_queries, n_keys = segment.end - segment.start, sum(end - start for start, end in runs)
-            masked = n_queries < n_keys or locality.cuts(n_keys)
-            plan.append(View(segment.start, segment.end, runs, locality.mask(n_queries, n_keys, device) if masked else None))
-    return plan
-
-
-class Gather(NamedTuple):
-    """What the variable-length kernel is given: for every key its token in the row (None: the row itself), cumulated lengths, longest."""
-
-    tokens: Tensor | None
-    cu_query: Tensor
-    cu_key: Tensor
-    max_query: int
-    max_key: int
-
-
-@functools.lru_cache(maxsize=1)
-def gather(table: SegmentTable, device: torch.device) -> Gather:
-    """Keys and values of every segment one after another: ancestors, then its own (the kernel aligns causality bottom-right)."""
-    index: list[int] = []
-    ends_query, ends_key = [0], [0]
-    for i, segment in enumerate(table.segments):
-        for start, end in visible_runs(table, i):
-            index.extend(range(start, end))
-        ends_query.append(segment.end)
-        ends_key.append(len(index))
-    max_query, max_key = (max(b - a for a, b in itertools.pairwise(ends)) for ends in (ends_query, ends_key))
-    with torch.inference_mode(False):
-        cu_query, cu_key = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in (ends_query, ends_key))
-        same = ends_key == ends_query
-        return Gather(None if same else torch.tensor(index, device=device), cu_query, cu_key, max_query, max_key)
-
-
-def segment_attention(
-    module: nn.Module,
-    query_BHTD: Tensor,
-    key_BHTD: Tensor,
-    value_BHTD: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function of transformers' interface: (B, T, H, D) and no weights.
-
-    With `segments=SegmentTable` among the keywords it is segment attention, else plain SDPA with the mask given.
-    `dropout` is 0 outside training. Raises MisfitError for what it cannot do.
-    """
-    table: SegmentTable | None = kwargs.pop("segments", None)
-    if table is None:
-        if attention_mask is not None and attention_mask.shape == NO_MASK_SHAPE:
-            raise MisfitError("its layers do not hand the segment table on to attention")
-        return sdpa_attention_forward(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, **kwargs)
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise MisfitError(f"its attention uses {name}")
-    locality = layer_locality(module, kwargs.get("sliding_window"))
-    scaling, dropout = kwargs.get("scaling"), kwargs.get("dropout", 0.0)
-    if query_BHTD.is_cuda and not dropout:
-        plan = gather(table, query_BHTD.device)
-        attend = _varlen_function(query_BHTD, key_BHTD, value_BHTD)
-        if attend is not None and (locality.chunk_tokens is None or not locality.cuts(plan.max_key)):
-            return attend_varlen(attend, query_BHTD, key_BHTD, value_BHTD, plan, scaling, locality.window_tokens), None
-    plan_views = views(table, locality, query_BHTD.device)
-    return attend_each(query_BHTD, key_BHTD, value_BHTD, plan_views, scaling, dropout), None
-
-
-def attend_each(
-    query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, plan: list[View], scaling: float | None, dropout: float
-) -> Tensor:
-    """One SDPA call per segment. Returns (B, T, H, D)."""
-    gqa = query_BHTD.shape[1] != key_BHTD.shape[1]
-    outputs_BTHD = []
-    for view in plan:
-        query = query_BHTD[:, :, view.start : view.end]
-        key, value = (torch.cat([x[:, :, start:end] for start, end in view.runs], 2) for x in (key_BHTD, value_BHTD))
-        output = F.scaled_dot_product_attention(
-            query, key, value, view.mask, dropout, is_causal=view.mask is None, scale=scaling, enable_gqa=gqa
-        )
-        outputs_BTHD.append(output.transpose(1, 2))
-    return torch.cat(outputs_BTHD, 1)
-
-
-def attend_varlen(
-    attend: Callable[..., Tensor],
-    query_BHTD: Tensor,
-    key_BHTD: Tensor,
-    value_BHTD: Tensor,
-    plan: Gather,
-    scaling: float | None,
-    window_tokens: int | None,
-) -> Tensor:
-    """One variable-length flash call for the row. Returns (1, T, H, D)."""
-    query, key, value = (x[0].transpose(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
-    if plan.tokens is not None:
-        key, value = key.index_select(0, plan.tokens), value.index_select(0, plan.tokens)
-    left = -1 if window_tokens is None else window_tokens - 1  # the kernel does not count the token itself
-    lengths = (plan.cu_query, plan.cu_key, plan.max_query, plan.max_key)
-    return attend(query, key, value, *lengths, scale=scaling, window_size=(left, 0))[None]
-
-
-def _varlen_function(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor) -> Callable[..., Tensor] | None:
-    """`varlen_attn` of torch, or None where it is missing or does not take these tensors."""
-    try:
-        from torch.nn.attention import varlen
-    except ImportError:  # an older torch
-        return None
-    varlen_attn: Callable[..., Any] = varlen.varlen_attn
-    known = inspect.signature(varlen_attn).parameters
-    half = all(x.dtype in (torch.bfloat16, torch.float16) for x in (query_BHTD, key_BHTD, value_BHTD))
-    head_dim = query_BHTD.shape[-1]
-    if "window_size" not in known or not half or head_dim > 256 or head_dim % 8 or value_BHTD.shape[-1] != head_dim:
-        return None
-    groups = query_BHTD.shape[1] // key_BHTD.shape[1]
-    if groups == 1:
-        return varlen_attn
-    if "enable_gqa" in known:
-        return functools.partial(varlen_attn, enable_gqa=True)
-
-    def repeated(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return varlen_attn(query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), *args, **kwargs)
-
-    return repeated

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 from pathlib import Path
@@ -18,6 +17,8 @@ from posttrain.types import UserError
 
 LORA_LEARNING_RATE = 2e-4
 FULL_LEARNING_RATE = 2e-5
+CPU_FORWARD_TOKENS = 1024  # where matrix products have reached their full speed on a few cores
+GPU_FORWARD_TOKENS = 16384
 
 
 def resolve(config: Config) -> Config:
@@ -33,9 +34,10 @@ def resolve(config: Config) -> Config:
     if config["dtype"] == "auto":
         # A frozen base loses nothing it still needs in bf16; weights that are trained keep fp32, or small updates vanish.
         frozen_half = half and config["use_peft"]
-        config = dataclasses.replace(config, values={**config.values, "dtype": dataclasses.replace(
-            config.values["dtype"], value="bfloat16" if frozen_half else "float32", origin="derived")})  # fmt: skip
+        config = config.replace("dtype", "bfloat16" if frozen_half else "float32")
     stage = config.command
+    if config["forward_tokens"] < 0:
+        config = config.replace("forward_tokens", CPU_FORWARD_TOKENS if on_cpu else GPU_FORWARD_TOKENS)
     return config.derive(
         use_cpu=on_cpu,
         bf16=half,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from posttrain.data.pack import split
 from posttrain.data.pack_stream import PackedStream
 from posttrain.training.batches import Batches, EpochLoader, Groups, loader, stream_loader
 from posttrain.training.sums import Sums, averages
@@ -33,6 +35,7 @@ class TrainingData:
     train: Groups | PackedStream
     held_out: Groups | None
     collate: Callable[[list[dict[str, Any]]], PackedBatch]
+    forward_tokens: int = 0  # most tokens of a packed micro-batch that are computed at once; 0: all
 
 
 def use_callbacks(trainer: Trainer, callbacks: list[TrainerCallback]) -> None:
@@ -56,9 +59,7 @@ class ObjectiveTrainer(Trainer):
     def __init__(self, model: nn.Module, args: TrainingArguments, data: TrainingData, objective: Objective, tokenizer: Any):
         if data.held_out is None and args.eval_strategy != "no":
             raise UserError(f"--eval_strategy {args.eval_strategy.value} needs held-out rows: {HELD_OUT_FLAGS}")
-        super().__init__(
-            model=model, args=args, processing_class=tokenizer, train_dataset=data.train, eval_dataset=data.held_out
-        )
+        super().__init__(model=model, args=args, processing_class=tokenizer, train_dataset=data.train, eval_dataset=data.held_out)
         if args.n_gpu > 1:
             raise UserError(f"one process sees {args.n_gpu} GPUs: start one per GPU with torchrun --nproc_per_node {args.n_gpu}")
         self.data, self.objective = data, objective
@@ -107,6 +108,19 @@ class ObjectiveTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Any) -> PackedBatch:
         return inputs.to(self.args.device, non_blocking=True)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch, in parts of at most `forward_tokens`; gradients are exchanged with the last."""
+        parts = self._parts(inputs)
+        total = torch.zeros((), device=self.args.device)
+        for index, part in enumerate(parts):
+            alone = index < len(parts) - 1 and self.accelerator.num_processes > 1
+            with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():
+                total += super().training_step(model, part, num_items_in_batch)
+        return total
+
+    def _parts(self, batch: PackedBatch) -> list[PackedBatch]:
+        return split(batch, self.data.forward_tokens) if self.data.forward_tokens else [batch]
 
     # --- loss ---------------------------------------------------------------------------------------------------------
 
@@ -174,8 +188,8 @@ class ObjectiveTrainer(Trainer):
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        for batch in self.get_eval_dataloader(eval_dataset):
-            inputs = self._prepare_inputs(batch)
+        for part in (part for batch in self.get_eval_dataloader(eval_dataset) for part in self._parts(batch)):
+            inputs = self._prepare_inputs(part)
             with self.compute_loss_context_manager():
                 loss = self.objective(model, inputs)
             sums.add("loss", loss.total, self.objective.weight(inputs))
