@@ -28,7 +28,7 @@ def reference(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tupl
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(head_module, "chunk_tokens", lambda n_logits: 5)
+    monkeypatch.setattr(head_module, "chunk_tokens", lambda n_logits, device: 5)
 
 
 def problem(bias: bool, train_head: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, nn.Linear, Tensor, Tensor, Tensor]:
@@ -79,7 +79,7 @@ def test_only_entropy_or_nothing_has_a_gradient() -> None:
 def test_chunks_do_not_matter(monkeypatch) -> None:
     results = []
     for size in (1, 7, 1000):
-        monkeypatch.setattr(head_module, "chunk_tokens", lambda n_logits, size=size: size)
+        monkeypatch.setattr(head_module, "chunk_tokens", lambda n_logits, device, size=size: size)
         hidden, head, targets, g, _ = problem(True, True)
         logprobs, _ = head_logprobs(hidden, head, targets, Projection(), 1.0, False)
         (logprobs * g).sum().backward()
@@ -159,7 +159,7 @@ def test_no_tensor_of_all_logits(kind: str) -> None:
     with Largest() as largest:
         logprobs, entropies = head_logprobs(hidden, head, torch.randint(v, (n,)), Projection(), 1.0, True)
         (logprobs + entropies).sum().backward()
-    assert largest.numel <= 5 * v
+    assert largest.numel <= 4 * 5 * v < n * v
 
 
 # The forward of whole models.
