@@ -130,9 +130,13 @@ def test_array_larger_than_the_buffer(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows, ensure_ascii=False))
     assert values(path) == rows
-    path.write_text(json.dumps(rows * 3)[:-40])
-    with pytest.raises(RowError, match="broken JSON"):
+    path.write_text(json.dumps(list(range(150_000))))
+    assert values(path) == list(range(150_000)), "a number is whole only when something follows it"
+    text = json.dumps(rows)
+    path.write_text(text[:-2] + "x" + text[-2:])
+    with pytest.raises(RowError, match="broken JSON") as caught:
         values(path)
+    assert (caught.value.source, caught.value.field) == (f"{path}:1", f"column {len(text) - 1}")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json"])

@@ -180,6 +180,17 @@ def test_local_dataset_folders(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"--dataset_name .*split .?test"):
             load_rows(DataSource(dataset_name=name, dataset_split="test"), PLAN, encode_text, "v1")
 
+    with pytest.raises(UserError, match=r"--dataset_name ./absent: no such folder"):
+        load_rows(DataSource(dataset_name="./absent"), PLAN, encode_text, "v1")
+
+
+def test_a_file_that_breaks_off_is_an_error_also_under_skip(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n{"text": "b"')
+    for workers in (1, 2):
+        with pytest.raises(RowError, match=r"a.json:2:column 13: broken JSON: .*nothing behind it can be read"):
+            load_rows(DataSource(str(path)), DataPlan("text", bad_rows="skip", workers=workers), encode_text, "v1")
+
 
 def test_iter_examples(corpus: DataSource) -> None:
     ledger = Ledger()
