@@ -72,6 +72,10 @@ def test_files(tmp_path: Path) -> None:
     table.write_text("question,answer\nx,y\n")
     report = convert(str(table), str(tmp_path / "out.jsonl"), "qa", "csv")
     assert read(report.out_file) == [sharegpt(("human", "x"), ("gpt", "y"))]
+    lines = tmp_path / "lines.txt"
+    lines.write_text('{"问": "x", "答": "y"}\n')
+    assert read(convert(str(lines), str(tmp_path / "out.jsonl"), "qa").out_file) == [sharegpt(("human", "x"), ("gpt", "y"))]
+    assert read(convert(str(lines), str(tmp_path / "out.jsonl")).out_file) == [{"text": '{"问": "x", "答": "y"}'}]
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a.txt").write_text("one\ntwo\n")

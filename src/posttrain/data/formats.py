@@ -168,7 +168,8 @@ def parse(row: object, source: str, kind: Kind | None = None, format: str = "aut
     if format != "auto" and format not in FORMATS:
         raise UserError(f"--data_format {format}: unknown; known: auto, {', '.join(FORMATS)}")
     if isinstance(row, str):
-        row, format = _row_of_line(row, source, kind), "auto" if format == "text" else format
+        wanted = "text" if kind is None and format in ("auto", "text") else kind
+        row, format = _row_of_line(row, source, wanted), "auto" if format == "text" else format
     if not isinstance(row, Mapping):
         raise RowError(source, "row", f"expected an object, got {kind_of(row)}")
     name = detect(row, source) if format == "auto" else format
@@ -185,7 +186,7 @@ def parse(row: object, source: str, kind: Kind | None = None, format: str = "aut
 
 def _row_of_line(line: str, source: str, kind: Kind | None) -> Row:
     """A line of a .txt file is a document, for prompts a question, and for dialogues it may be an object."""
-    if kind in (None, "text"):
+    if kind == "text":
         return {"text": line}
     if line.lstrip().startswith("{"):
         try:
