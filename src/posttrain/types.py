@@ -35,6 +35,10 @@ class RowError(UserError):
         super().__init__(f"{source}:{field}: {reason}")
         self.source, self.field, self.reason = source, field, reason
 
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str, str]]:
+        """Survives the way between processes, which rebuilds an error from its `args`."""
+        return type(self), (self.source, self.field, self.reason)
+
 
 @dataclass(frozen=True)
 class ToolCall:

@@ -146,7 +146,7 @@ def _one_row(spoken: Sequence[tuple[str, str]], rows: Sequence[Encoded], stops: 
         if ids[:start] != row.input_ids[:start] or not text.startswith(prompt + answer):
             return None
         # An answer holds no stop token but its last, so the first one after the prompt ends it.
-        end = next(k for k in range(start, len(ids)) if ids[k] in stops) + 1
+        end = next((k + 1 for k in range(start, len(ids)) if ids[k] in stops), len(ids))
         trained[start:end] = [1] * (end - start)
         spans.append((start, end))
     return [Encoded(ids, trained, spans)]

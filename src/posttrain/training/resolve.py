@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +67,10 @@ def _check(config: Config) -> None:
         raise UserError(f"--validation_split_percentage {config['validation_split_percentage']}: must be in [0, 100)")
     if stage == "pt" and config["streaming"] and config["max_steps"] < 1:
         raise UserError("--streaming does not know how many rows there are: say --max_steps")
+    if stage == "pt" and config["streaming"] and config["validation_split_percentage"]:
+        raise UserError("--streaming cannot hold out a share of rows it has not read: name --validation_file_dir")
+    if stage == "pt" and config["streaming"] and config["dataloader_num_workers"]:
+        raise UserError("--streaming reads in the training process, so that it can go on at the same row: --dataloader_num_workers 0")
     if config["fp16"] and not config["use_peft"]:
         raise UserError("--fp16 cannot train all weights: small gradients vanish in it; use --bf16, or --use_peft True")
     if config["bf16"] and config["fp16"]:
@@ -98,5 +101,5 @@ def check_steps(max_steps: int, n_rows: int) -> None:
     """UserError when there is nothing to train."""
     if n_rows == 0:
         raise UserError("no row is left to train on: see the ledger above for what was dropped and why")
-    if max_steps == 0 or math.isnan(max_steps):
+    if max_steps == 0:
         raise UserError("--max_steps 0 trains nothing")

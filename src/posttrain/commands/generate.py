@@ -1,0 +1,114 @@
+"""`posttrain generate`: a file of prompts → JSONL of answers, in batches, in the prompts' order."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from posttrain import flags
+from posttrain.commands.inference import Answer, Answerer, answer, check_sampling, load_answerer, with_system
+from posttrain.commands.report import quiet_libraries, say
+from posttrain.config import Config
+from posttrain.data.ledger import Ledger
+from posttrain.data.load import DataSource, iter_examples
+from posttrain.data.template import encode_prompt, message_dicts
+from posttrain.types import Prompt, RowError, UserError
+
+WINDOW_BATCHES = 32  # prompts of this many batches are sorted by length together, then written
+
+
+def run(config: Config) -> None:
+    """Answer the file and say how fast."""
+    quiet_libraries()
+    model, files, sampling = (config.group(g) for g in (flags.InferenceFlags, flags.GenerateFlags, flags.SamplingFlags))
+    check_sampling(sampling)
+    check_files(files.data_file, files.output_file)
+    answerer = load_answerer(
+        model.base_model, model.lora_model, tokenizer_path=model.tokenizer_path, template_name=model.template_name,
+        dtype=model.dtype, trust_remote_code=model.trust_remote_code,
+    )  # fmt: skip
+    started = time.perf_counter()
+    n_answers, n_tokens = generate(
+        answerer, read_prompts(files.data_file, model.system_prompt), files.output_file, sampling, files.batch_size
+    )
+    seconds = time.perf_counter() - started
+    say(f"{n_answers:,} answers, {n_tokens:,} tokens, {n_tokens / seconds:,.0f} tokens/s: {files.output_file}")
+
+
+def check_files(data_file: str, output_file: str) -> None:
+    """Raises UserError before a model is loaded for nothing."""
+    source, target = Path(data_file), Path(output_file)
+    if not source.exists():
+        raise UserError(f"--data_file {data_file}: no such file")
+    if target.is_dir():
+        raise UserError(f"--output_file {output_file}: is a folder; name a file in it")
+    if target.exists() and target.samefile(source):
+        raise UserError(f"--output_file {output_file}: is --data_file itself")
+
+
+def read_prompts(data_file: str, system_prompt: str | None = None) -> Iterator[Prompt]:
+    """The prompts of a file: plain text (one a line) or rows of any chat format, whose last answer is left out."""
+    for prompt in iter_examples(DataSource(data_file, flag="--data_file"), "prompt", "error", -1, Ledger()):
+        assert isinstance(prompt, Prompt)
+        yield Prompt(with_system(prompt.messages, system_prompt), prompt.source, prompt.tools)
+
+
+def generate(
+    answerer: Answerer, prompts: Iterable[Prompt], output_file: str, sampling: flags.SamplingFlags, batch_size: int
+) -> tuple[int, int]:
+    """Write one object a prompt: source, messages (and tools), output, n_tokens, stop_reason. Returns answers and their tokens.
+
+    Lines are written as their window is done, so that a job cut short leaves what it had.
+    """
+    torch.manual_seed(sampling.seed)
+    n_answers = n_tokens = 0
+    Path(output_file).parent.mkdir(parents=True, exist_ok=True)
+    with open(output_file, "w", encoding="utf-8") as out, tqdm(unit=" answers", disable=None) as bar:
+        for prompt, reply in answer_all(answerer, prompts, sampling, batch_size):
+            out.write(json.dumps(to_row(prompt, reply), ensure_ascii=False) + "\n")
+            n_answers, n_tokens = n_answers + 1, n_tokens + len(reply.ids)
+            bar.update()
+    return n_answers, n_tokens
+
+
+def answer_all(
+    answerer: Answerer, prompts: Iterable[Prompt], sampling: flags.SamplingFlags, batch_size: int
+) -> Iterator[tuple[Prompt, Answer]]:
+    """Prompts with their answers, in order. Within a window the longest go first: little padding, and a memory error comes early."""
+    waiting = iter(prompts)
+    while window := list(itertools.islice(waiting, batch_size * WINDOW_BATCHES)):
+        encoded = [encode(answerer, prompt) for prompt in window]
+        order = sorted(range(len(window)), key=lambda i: -len(encoded[i]))
+        replies: dict[int, Answer] = {}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            replies.update(zip(batch, answer(answerer, [encoded[i] for i in batch], sampling), strict=True))
+        yield from ((prompt, replies[i]) for i, prompt in enumerate(window))
+
+
+def encode(answerer: Answerer, prompt: Prompt) -> list[int]:
+    """The prompt's ids. Raises RowError when they leave no room in the context for an answer."""
+    ids = encode_prompt(answerer.tokenizer, prompt)
+    if len(ids) >= answerer.context_tokens:
+        raise RowError(prompt.source, "messages", f"{len(ids)} tokens, and the model's context holds {answerer.context_tokens}")
+    return ids
+
+
+def to_row(prompt: Prompt, reply: Answer) -> dict[str, Any]:
+    """The line of an answer."""
+    tools = {"tools": list(prompt.tools)} if prompt.tools else {}
+    return {
+        "source": prompt.source,
+        "messages": message_dicts(prompt.messages),
+        **tools,
+        "output": reply.text,
+        "n_tokens": len(reply.ids),
+        "stop_reason": reply.stop_reason,
+    }
