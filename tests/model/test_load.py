@@ -108,7 +108,12 @@ def test_tokenizer_that_needs_no_repair_stays(model_folder: Path, caplog: pytest
     assert not caplog.records
 
 
-def test_missing_tokens_are_filled_in_and_told(own_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_tokens_are_filled_in_and_told(
+    own_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A command that an earlier test ran has given our logger a handler of its own.
+    monkeypatch.setattr(logging.getLogger("posttrain"), "handlers", [caplog.handler])
+    monkeypatch.setattr(logging.getLogger("posttrain"), "propagate", False)
     edit_json(own_folder / "tokenizer_config.json", eos_token="DELETE", pad_token="DELETE")
     with caplog.at_level(logging.WARNING, logger="posttrain"):
         tokenizer = load_tokenizer(str(own_folder))

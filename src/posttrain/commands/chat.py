@@ -30,7 +30,7 @@ def run(config: Config) -> None:
         dtype=model.dtype, trust_remote_code=model.trust_remote_code,
     )  # fmt: skip
     read = _terminal_reader() if sys.stdin.isatty() else _pipe_reader(sys.stdin)
-    Conversation(answerer, sampling, model.system_prompt, sys.stdout).talk(read)
+    Conversation(answerer, sampling, model.system_prompt, sys.stdout, sys.stderr).talk(read)
 
 
 def _terminal_reader() -> Callable[[], str]:
@@ -51,10 +51,10 @@ def _pipe_reader(stream: TextIO) -> Callable[[], str]:
 
 
 class Conversation:
-    """Turns so far, and where answers are written."""
+    """Turns so far, and where answers (`out`) and remarks (`notes`) are written: in a pipe only answers go on."""
 
-    def __init__(self, answerer: Answerer, sampling: flags.SamplingFlags, system_prompt: str | None, out: TextIO):
-        self.answerer, self.sampling, self.system_prompt, self.out = answerer, sampling, system_prompt, out
+    def __init__(self, answerer: Answerer, sampling: flags.SamplingFlags, system_prompt: str | None, out: TextIO, notes: TextIO):
+        self.answerer, self.sampling, self.system_prompt, self.out, self.notes = answerer, sampling, system_prompt, out, notes
         self.messages: list[Message] = []
         torch.manual_seed(sampling.seed)
 
@@ -89,8 +89,9 @@ class Conversation:
             text = answer(self.answerer, [ids], self.sampling, printer)[0].text
         except KeyboardInterrupt:
             text = finished(self.answerer.tokenizer, printer.ids, printer.stops).text
-            self.out.write(" (stopped)")
-        self._note("")
+            self._note("\n(stopped)")
+        self.out.write("\n")
+        self.out.flush()
         self.messages.append(Message("assistant", text))
 
     def _fit(self) -> list[int]:
@@ -126,8 +127,8 @@ class Conversation:
             self._note(f"({HELP})" if name == "/help" else f"(unknown command {name}; {HELP})")
 
     def _note(self, text: str) -> None:
-        self.out.write(text + "\n")
-        self.out.flush()
+        self.notes.write(text + "\n")
+        self.notes.flush()
 
 
 class Printer(BaseStreamer):
@@ -137,8 +138,7 @@ class Printer(BaseStreamer):
         self.tokenizer, self.out = tokenizer, out
         self.stops = stop_token_ids(tokenizer)
         self.ids: list[int] = []
-        self._line_start = 0  # ids before it are printed and end a line: decoding starts anew there
-        self._printed = 0  # characters of the current line
+        self._printed = 0  # characters
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -147,21 +147,16 @@ class Printer(BaseStreamer):
             self._prompt_seen = True
             return
         self.ids += value.flatten().tolist()
-        if self.ids[-1] not in self.stops:
-            self._print(final=False)
+        self._print(final=False)
 
     def end(self) -> None:
         """No more tokens come."""
-        if self.ids and self.ids[-1] in self.stops:
-            del self.ids[-1]
         self._print(final=True)
 
     def _print(self, final: bool) -> None:
-        text = self.tokenizer.decode(self.ids[self._line_start :], skip_special_tokens=False)
-        if not final and text.endswith("\ufffd"):
-            return
-        self.out.write(text[self._printed :])
-        self.out.flush()
-        self._printed = len(text)
-        if text.endswith("\n"):
-            self._line_start, self._printed = len(self.ids), 0
+        # Decoded whole each time: a piece by itself may lose its leading space.
+        text = finished(self.tokenizer, self.ids, self.stops).text
+        if final or not text.endswith("\ufffd"):
+            self.out.write(text[self._printed :])
+            self.out.flush()
+            self._printed = len(text)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from posttrain.data.load import DataSource, iter_examples
 from posttrain.data.template import encode_prompt, message_dicts
 from posttrain.types import Prompt, RowError, UserError
 
-WINDOW_BATCHES = 32  # prompts of this many batches are sorted by length together, then written
+WINDOW_BATCHES = 32  # prompts of this many batches are sorted by length together, then written in order
 
 
 def run(config: Config) -> None:
     """Answer the file and say how fast."""
     quiet_libraries()
-    model, files, sampling = (config.group(g) for g in (flags.InferenceFlags, flags.GenerateFlags, flags.SamplingFlags))
+    model, files = config.group(flags.InferenceFlags), config.group(flags.GenerateFlags)
+    sampling = config.group(flags.SamplingFlags)
     check_sampling(sampling)
     check_files(files.data_file, files.output_file)
     answerer = load_answerer(
@@ -67,30 +67,38 @@ def generate(
 
     Lines are written as their window is done, so that a job cut short leaves what it had.
     """
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: must be at least 1")
     torch.manual_seed(sampling.seed)
-    n_answers = n_tokens = 0
+    # All are encoded first: a prompt that cannot be used is told before hours are spent on the others.
+    encoded = [(prompt, encode(answerer, prompt)) for prompt in prompts]
+    if not encoded:
+        raise UserError("--data_file holds no prompt")
+    n_tokens = 0
     Path(output_file).parent.mkdir(parents=True, exist_ok=True)
-    with open(output_file, "w", encoding="utf-8") as out, tqdm(unit=" answers", disable=None) as bar:
-        for prompt, reply in answer_all(answerer, prompts, sampling, batch_size):
-            out.write(json.dumps(to_row(prompt, reply), ensure_ascii=False) + "\n")
-            n_answers, n_tokens = n_answers + 1, n_tokens + len(reply.ids)
-            bar.update()
-    return n_answers, n_tokens
+    bar = tqdm(total=len(encoded), unit=" answers", disable=None)
+    with open(output_file, "w", encoding="utf-8") as out, bar:
+        for start in range(0, len(encoded), batch_size * WINDOW_BATCHES):
+            window = encoded[start : start + batch_size * WINDOW_BATCHES]
+            replies = answer_window(answerer, [ids for _, ids in window], sampling, batch_size, bar)
+            for (prompt, _), reply in zip(window, replies, strict=True):
+                out.write(json.dumps(to_row(prompt, reply), ensure_ascii=False) + "\n")
+                n_tokens += len(reply.ids)
+            out.flush()
+    return len(encoded), n_tokens
 
 
-def answer_all(
-    answerer: Answerer, prompts: Iterable[Prompt], sampling: flags.SamplingFlags, batch_size: int
-) -> Iterator[tuple[Prompt, Answer]]:
-    """Prompts with their answers, in order. Within a window the longest go first: little padding, and a memory error comes early."""
-    waiting = iter(prompts)
-    while window := list(itertools.islice(waiting, batch_size * WINDOW_BATCHES)):
-        encoded = [encode(answerer, prompt) for prompt in window]
-        order = sorted(range(len(window)), key=lambda i: -len(encoded[i]))
-        replies: dict[int, Answer] = {}
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            replies.update(zip(batch, answer(answerer, [encoded[i] for i in batch], sampling), strict=True))
-        yield from ((prompt, replies[i]) for i, prompt in enumerate(window))
+def answer_window(
+    answerer: Answerer, prompts: Sequence[list[int]], sampling: flags.SamplingFlags, batch_size: int, bar: tqdm
+) -> list[Answer]:
+    """Answers in the prompts' order. The longest prompts go first: little padding, and memory that does not suffice shows early."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    replies: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        replies.update(zip(batch, answer(answerer, [prompts[i] for i in batch], sampling), strict=True))
+        bar.update(len(batch))
+    return [replies[i] for i in range(len(prompts))]
 
 
 def encode(answerer: Answerer, prompt: Prompt) -> list[int]:
