@@ -9,7 +9,7 @@ from families import WINDOW, tiny
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from posttrain.model import kernels
+from posttrain.model import block_attention, kernels
 from posttrain.model.attention import NAME, enable_segments
 from posttrain.model.block_attention import BlockAttention, plan_blocks
 from posttrain.model.kernels import attend_each, attend_varlen, gather, views
@@ -338,15 +338,16 @@ SPANS = [(0, 300, None), (300, 401, None), (401, 560, 1), (560, 563, 1), (563, 7
     "locality", [Locality(), Locality(window_tokens=37), Locality(window_tokens=200), Locality(chunk_tokens=64)]
 )
 @pytest.mark.parametrize("heads", [(6, 2, 16), (4, 4, 8)])
-def test_blocks_equal_one_call_per_segment(locality: Locality, heads: tuple[int, int, int]) -> None:
+def test_blocks_equal_one_call_per_segment(locality: Locality, heads: tuple[int, int, int], monkeypatch) -> None:
     """Values and gradients of the blocked attention against SDPA with a mask, in float64; values narrower than keys."""
+    monkeypatch.setattr(block_attention, "KEEP_TOKENS", 200)  # some blocks keep their probabilities, some do not
     torch.manual_seed(0)
     n_query, n_key, width = heads
     shapes = [(n_query, 16), (n_key, 16), (n_key, width)]
     tensors = [torch.randn(1, 700, h, d, dtype=torch.float64).transpose(1, 2).requires_grad_() for h, d in shapes]
     table = SegmentTable(tuple(Segment(*span) for span in SPANS))
     expected = attend_each(*tensors, views(table, locality, torch.device("cpu")), 0.4, 0.0)
-    got = BlockAttention.apply(*tensors, plan_blocks(table, locality), 0.4)
+    got = BlockAttention.apply(*tensors, plan_blocks(table, locality, torch.float64), 0.4)
     torch.testing.assert_close(got, expected)
     weights = torch.randn_like(expected)
     for a, b in zip(torch.autograd.grad(got, tensors, weights), torch.autograd.grad(expected, tensors, weights), strict=True):
@@ -359,5 +360,19 @@ def test_blocks_in_bfloat16() -> None:
     tensors = [torch.randn(1, 400, h, 64).bfloat16().transpose(1, 2) for h in (6, 2, 2)]
     table = SegmentTable((Segment(0, 400),))
     exact = attend_each(*(x.double() for x in tensors), views(table, Locality(), torch.device("cpu")), 0.125, 0.0)
-    got = BlockAttention.apply(*tensors, plan_blocks(table, Locality()), 0.125)
+    got = BlockAttention.apply(*tensors, plan_blocks(table, Locality(), torch.bfloat16), 0.125)
     assert float((got - exact).norm() / exact.norm()) < 2**-8
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+def test_under_autocast(family: str) -> None:
+    """float32 weights under bfloat16 autocast: packed and apart agree as far as bfloat16 allows, gradients arrive in float32."""
+    model = tiny(family).train()
+    rows = ids_of(*LENGTHS)
+    with torch.autocast("cpu", torch.bfloat16):
+        apart = torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows]).float()
+        assert enable_segments(model).packed
+        packed = model(**packed_inputs(rows)).logits[0].float()
+    assert float((packed - apart).norm() / apart.norm()) < 2e-2
+    packed.sum().backward()
+    assert all(p.grad.dtype is torch.float32 for p in model.parameters() if p.grad is not None)

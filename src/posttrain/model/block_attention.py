@@ -19,16 +19,19 @@ from posttrain.model.segments import Locality, visible_runs
 from posttrain.types import SegmentTable
 
 BLOCK_TOKENS = 128
+KEEP_TOKENS = (
+    1024  # a block that sees no more keys keeps its probabilities for the backward pass: at most this many numbers per query
+)
 
 
 class Block(NamedTuple):
-    """Queries [start, end) of a segment and the keys [low, high) that they see; `hidden` marks unseen pairs among the last keys."""
+    """Queries [start, end) of a segment and the keys [low, high) that they see; `bias` (0, −∞) hides pairs among the last keys."""
 
     start: int
     end: int
     low: int
     high: int
-    hidden: Tensor
+    bias: Tensor
 
 
 class Plan(NamedTuple):
@@ -41,20 +44,20 @@ class Plan(NamedTuple):
 
 # A model asks for the same plan in every layer; two entries, for models that alternate full and sliding layers.
 @functools.lru_cache(maxsize=2)
-def plan_blocks(table: SegmentTable, locality: Locality) -> list[Plan]:
-    """The blocks of a packed row."""
+def plan_blocks(table: SegmentTable, locality: Locality, dtype: torch.dtype) -> list[Plan]:
+    """The blocks of a packed row, for scores of type `dtype`."""
     plans = []
     with torch.inference_mode(False):  # a mask made in evaluation must serve in training too
         for index, segment in enumerate(table.segments):
             runs = visible_runs(table, index)
             n_queries, n_keys = segment.end - segment.start, sum(end - start for start, end in runs)
             starts = range(0, n_queries, BLOCK_TOKENS)
-            blocks = [_block(i, min(i + BLOCK_TOKENS, n_queries), n_keys - n_queries, locality) for i in starts]
+            blocks = [_block(i, min(i + BLOCK_TOKENS, n_queries), n_keys - n_queries, locality, dtype) for i in starts]
             plans.append(Plan(segment.start, runs, blocks))
     return plans
 
 
-def _block(start: int, end: int, offset: int, locality: Locality) -> Block:
+def _block(start: int, end: int, offset: int, locality: Locality, dtype: torch.dtype) -> Block:
     """Queries [start, end) of a segment before which `offset` keys of ancestors lie."""
     first, high = offset + start, offset + end
     low = 0
@@ -63,19 +66,20 @@ def _block(start: int, end: int, offset: int, locality: Locality) -> Block:
     if locality.chunk_tokens is not None:
         low = first // locality.chunk_tokens * locality.chunk_tokens
     since = low if locality.cuts(high) else first  # all keys before `since` are seen by all queries of the block
-    return Block(start, end, low, high, ~locality.visible(range(first, high), range(since, high), torch.device("cpu")))
+    visible = locality.visible(range(first, high), range(since, high), torch.device("cpu"))
+    return Block(start, end, low, high, torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf")))
 
 
 class BlockAttention(torch.autograd.Function):
-    """softmax(scaling · q kᵀ) v over the visible keys; the backward pass computes the probabilities again.
+    """softmax(scaling · q kᵀ) v over the visible keys. Where there are many, the backward pass computes the probabilities again.
 
     (1, H, T, D) queries, (1, G, T, D) keys and (1, G, T, E) values with G dividing H; gives (1, T, H, E).
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plans: list[Plan], scaling: float) -> Tensor:
-        ctx.save_for_backward(query, key, value)
         ctx.plans, ctx.scaling = plans, scaling
+        kept: list[Tensor] = []
         n_groups, n_tokens, width = value.shape[1:]
         query_GRTD = query[0].unflatten(0, (n_groups, -1))
         out_TGRE = value.new_empty(n_tokens, *query_GRTD.shape[:2], width)
@@ -84,14 +88,18 @@ class BlockAttention(torch.autograd.Function):
             for block in blocks:
                 query_GQD = query_GRTD[:, :, start + block.start : start + block.end].flatten(1, 2)
                 p_GQK = _probabilities(query_GQD, key_GTD, block, scaling)
+                if _is_kept(block) and any(ctx.needs_input_grad):
+                    kept.append(p_GQK)
                 out_GQE = torch.bmm(p_GQK, value_GTE[:, block.low : block.high])
                 _store(out_TGRE[start + block.start : start + block.end], out_GQE)
+        ctx.save_for_backward(query, key, value, *kept)
         return out_TGRE.flatten(1, 2)[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
+        kept_next = iter(kept)
         n_groups, n_tokens = value.shape[1:3]
         query_GRTD = query[0].unflatten(0, (n_groups, -1))
         grad_GRTE = grad[0].unflatten(1, (n_groups, -1)).permute(1, 2, 0, 3)
@@ -103,7 +111,7 @@ class BlockAttention(torch.autograd.Function):
             for block in blocks:
                 part, seen = slice(start + block.start, start + block.end), slice(block.low, block.high)
                 query_GQD, grad_GQE = query_GRTD[:, :, part].flatten(1, 2), grad_GRTE[:, :, part].flatten(1, 2)
-                p_GQK = _probabilities(query_GQD, key_GTD, block, ctx.scaling)
+                p_GQK = next(kept_next) if _is_kept(block) else _probabilities(query_GQD, key_GTD, block, ctx.scaling)
                 dvalue_GTE[:, seen] += torch.bmm(p_GQK.transpose(1, 2), grad_GQE)
                 dp_GQK = torch.bmm(grad_GQE, value_GTE[:, seen].transpose(1, 2))
                 dscore_GQK = torch._softmax_backward_data(dp_GQK, p_GQK, -1, p_GQK.dtype)
@@ -116,11 +124,15 @@ class BlockAttention(torch.autograd.Function):
         return dquery, dkey, dvalue, None, None
 
 
+def _is_kept(block: Block) -> bool:
+    return block.high - block.low <= KEEP_TOKENS
+
+
 def _probabilities(query_GQD: Tensor, key_GTD: Tensor, block: Block, scaling: float) -> Tensor:
     """Attention weights of a block, (G, Q, K), Q = query heads of a group × queries."""
     score_GQK = _scaled_product(query_GQD, key_GTD[:, block.low : block.high].transpose(1, 2), scaling)
-    n_queries, n_hidden = block.hidden.shape
-    score_GQK.unflatten(1, (-1, n_queries))[..., -n_hidden:].masked_fill_(block.hidden, float("-inf"))
+    n_queries, n_last = block.bias.shape
+    score_GQK.unflatten(1, (-1, n_queries))[..., -n_last:].add_(block.bias)  # an addition is vectorised, a masked fill is not
     return torch.softmax(score_GQK, -1)
 
 

@@ -108,7 +108,11 @@ def segment_attention(
             return attend_varlen(attend, query_BHTD, key_BHTD, value_BHTD, plan, scaling, locality.window_tokens), None
     if query_BHTD.device.type == "cpu" and not dropout:
         scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-        return BlockAttention.apply(query_BHTD, key_BHTD, value_BHTD, plan_blocks(table, locality), scale), None
+        if torch.is_autocast_enabled("cpu"):  # as SDPA does
+            query_BHTD, key_BHTD, value_BHTD = (x.to(torch.get_autocast_dtype("cpu")) for x in (query_BHTD, key_BHTD, value_BHTD))
+        plans = plan_blocks(table, locality, query_BHTD.dtype)
+        with torch.autocast("cpu", enabled=False):
+            return BlockAttention.apply(query_BHTD, key_BHTD, value_BHTD, plans, scale), None
     plan_views = views(table, locality, query_BHTD.device)
     return attend_each(query_BHTD, key_BHTD, value_BHTD, plan_views, scaling, dropout), None
 
