@@ -122,11 +122,12 @@ def _skip_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradient inside; every module's own training flag comes back."""
+    """No dropout, gradient or autocast inside; every module's own training flag comes back."""
+    device = next(model.parameters()).device.type
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             yield
     finally:
         for module, training in flags:
