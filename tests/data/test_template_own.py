@@ -105,6 +105,11 @@ def test_prompt_that_opens_a_thought_the_turn_does_not_have() -> None:
         encode_chat(tokenizer, Chat(THINKING, "f:7"))
 
 
+def test_no_template_stops_at_eos() -> None:
+    tokenizer = make_tokenizer()
+    assert stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
+
+
 def test_several_templates_by_purpose() -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})

@@ -69,8 +69,11 @@ def set_stop_tokens(tokenizer: Any, generation_config: Any) -> None:
 
 
 def find_stops(tokenizer: Any) -> Stops:
-    """The stops of a tokenizer with its template, found by rendering probes and remembered."""
+    """The stops of a tokenizer with its template (eos where it has none), found by rendering probes and remembered."""
     template = tokenizer.chat_template
+    if not template:
+        eos = tokenizer.eos_token
+        return Stops((tokenizer.eos_token_id,), (eos,), eos, eos)
     key = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return _probe_stops(tokenizer, key, tokenizer.eos_token, len(tokenizer))
 
