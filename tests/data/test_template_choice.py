@@ -41,7 +41,8 @@ def test_saved_tokenizer_renders_and_stops_the_same(name: str, tmp_path: Path) -
     template = apply_template(tokenizer, name)
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert apply_template(loaded, None).added_tokens == ()
+    again = apply_template(loaded, None)
+    assert (again.name, again.added_tokens) == (name, ())
     assert loaded.chat_template == tokenizer.chat_template == template.chat_template
     assert stop_token_ids(loaded) == stop_token_ids(tokenizer)
     assert (loaded.eos_token, loaded.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)

@@ -57,7 +57,7 @@ def apply_template(tokenizer: Any, template_name: str | None) -> Template:
     the model's embedding must grow by as many. Raises UserError when the template is unknown or broken, or has no end token.
     """
     if template_name is None and tokenizer.chat_template:
-        template = Template(name=label(tokenizer.chat_template), chat_template=tokenizer.chat_template)
+        template = Template(label(tokenizer.chat_template).removeprefix("template "), tokenizer.chat_template)
     else:
         template = load_template(template_name or DEFAULT)
         if template_name is None:
