@@ -12,7 +12,7 @@ import pytest
 from posttrain import cli, config, flags
 from posttrain.types import UserError
 
-GROUPS = (flags.ModelFlags, flags.DataFlags, flags.ChatFlags)
+GROUPS = (flags.ModelFlags, flags.DataFlags, flags.ChatFlags, flags.PackFlags)
 
 
 def parse(*argv: str) -> config.Config:

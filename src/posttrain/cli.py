@@ -23,10 +23,12 @@ class Command:
     training: bool = False
 
 
-_TRAIN = (flags.ModelFlags, flags.AdapterFlags, flags.DataFlags)
+_TRAIN = (flags.ModelFlags, flags.AdapterFlags, flags.DataFlags, flags.PrepareFlags)
 COMMANDS: dict[str, Command] = {
     "pt": Command("train", "continued pretraining on plain text", (*_TRAIN, flags.TextFlags, flags.RunFlags), True),
-    "sft": Command("train", "supervised fine-tuning on conversations", (*_TRAIN, flags.ChatFlags, flags.RunFlags), True),
+    "sft": Command(
+        "train", "supervised fine-tuning on conversations", (*_TRAIN, flags.ChatFlags, flags.PackFlags, flags.RunFlags), True
+    ),
     "merge": Command("merge", "adapter + base -> one model folder", (flags.MergeFlags,)),
     "generate": Command("generate", "answer a file of prompts", (flags.InferenceFlags, flags.GenerateFlags, flags.SamplingFlags)),
     "chat": Command("chat", "talk to a model in the terminal", (flags.InferenceFlags, flags.SamplingFlags)),
@@ -71,8 +73,16 @@ def _dispatch(words: list[str]) -> int:
     parsed = config.parse(name, command.groups, command.training, words)
     for note in parsed.notes:
         print(f"note: {note}", file=sys.stderr)
+    if "cache_dir" in parsed.values and parsed["cache_dir"]:
+        _use_cache(parsed["cache_dir"])
     importlib.import_module(f"posttrain.commands.{command.module}").run(parsed)
     return 0
+
+
+def _use_cache(folder: str) -> None:
+    """Send downloads to `folder`: the embedded model's and the hub's. The hub's libraries read this when they are imported."""
+    root = os.path.abspath(os.path.expanduser(folder))
+    os.environ |= {"POSTTRAIN_CACHE": root, "HF_HUB_CACHE": f"{root}/hub", "HF_DATASETS_CACHE": f"{root}/hub_datasets"}
 
 
 def overview() -> str:

@@ -67,19 +67,25 @@ class DataFlags:
     """Data"""
 
     train_file_dir: str | None = flag(None, "Training data: a file, a folder (read recursively), or several a,b,c.")
-    validation_file_dir: str | None = flag(None, "Held-out data, named like --train_file_dir.")
     dataset_name: str | None = flag(None, "Training data from a hub dataset or a local dataset folder.")
     dataset_config_name: str | None = flag(None, "Configuration of --dataset_name.")
     dataset_weights: str | None = flag(None, "Sampling weights of several datasets, in their order: 0.7,0.3.")
     data_format: str = flag("auto", "Format of the rows, or auto: detected row by row. `posttrain convert --help` lists them.")
-    validation_split_percentage: float = flag(
-        0.0, "Share of the training rows held out when no validation data is named, in percent."
-    )
     max_train_samples: int = flag(-1, "Use only the first n good training rows. -1: all.")
-    max_eval_samples: int = flag(-1, "Use only the first n good held-out rows. -1: all.")
     bad_rows: Literal["error", "skip"] = flag(
         "error", "On a row that cannot be used: stop and name it, or skip, count and name it."
     )
+
+
+@dataclass(frozen=True)
+class PrepareFlags:
+    """Held-out data and preparation"""
+
+    validation_file_dir: str | None = flag(None, "Held-out data, named like --train_file_dir.")
+    validation_split_percentage: float = flag(
+        0.0, "Share of the training rows held out when no validation data is named, in percent."
+    )
+    max_eval_samples: int = flag(-1, "Use only the first n good held-out rows. -1: all.")
     preprocessing_num_workers: int = flag(1, "Processes that read and tokenize. The result does not depend on it.")
     overwrite_cache: bool = flag(False, "Prepare the data anew even if the same files were prepared before.")
 
@@ -92,6 +98,12 @@ class ChatFlags:
         None, "Chat template: a name (`posttrain show --help`), a .jinja file, or none: the tokenizer's own, else vicuna."
     )
     model_max_length: int = flag(1024, "Longest example in tokens; longer ones are cut at a turn boundary and counted.")
+
+
+@dataclass(frozen=True)
+class PackFlags:
+    """Packing"""
+
     packing: bool = flag(
         False,
         "Fill rows of --model_max_length tokens with several examples (best fit); the batch size then counts rows, not examples.",
@@ -183,7 +195,7 @@ class ShowModelFlags:
     model_name_or_path: str = flag("smollm2-135m-instruct", "Model whose tokenizer and template are used.")
     tokenizer_name_or_path: str | None = flag(None, "Tokenizer to use instead of the model's own.")
     trust_remote_code: bool = flag(False, "Run Python code that comes with the tokenizer.")
-    cache_dir: str | None = flag(None, "Folder for prepared data. [default: $POSTTRAIN_CACHE or ~/.cache/posttrain]")
+    cache_dir: str | None = flag(None, "Folder for downloads. [default: $POSTTRAIN_CACHE or ~/.cache/posttrain]")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -39,29 +40,31 @@ def train_source(config: Config) -> DataSource:
 
 def held_out_source(config: Config) -> DataSource | None:
     """The held-out data that the user named, if any."""
-    data = config.group(flags.DataFlags)
-    if not data.validation_file_dir:
+    if not config["validation_file_dir"]:
         return None
-    return DataSource(data.validation_file_dir, data_format=data.data_format, flag="--validation_file_dir")
+    return DataSource(config["validation_file_dir"], data_format=config["data_format"], flag="--validation_file_dir")
 
 
-def plan(config: Config, stage: Stage, seed: int = 42) -> DataPlan:
-    """How rows become examples."""
+def plan(config: Config, stage: Stage, seed: int) -> DataPlan:
+    """How rows become examples as they are read."""
     data = config.group(flags.DataFlags)
-    return DataPlan(
-        kind=KIND_OF_STAGE[stage], bad_rows=data.bad_rows, max_rows=data.max_train_samples, seed=seed,
-        workers=data.preprocessing_num_workers, cache_dir=config["cache_dir"], overwrite_cache=data.overwrite_cache,
-        progress=sys.stderr.isatty(),
+    return DataPlan(KIND_OF_STAGE[stage], data.bad_rows, data.max_train_samples, seed)
+
+
+def prepared_plan(config: Config, stage: Stage) -> DataPlan:
+    """How rows become examples that are kept: in several processes, with a cache."""
+    return dataclasses.replace(
+        plan(config, stage, config["seed"]), workers=config["preprocessing_num_workers"], cache_dir=config["cache_dir"],
+        overwrite_cache=config["overwrite_cache"], progress=sys.stderr.isatty(),
     )  # fmt: skip
 
 
 def load(config: Config, stage: Stage, tokenizer: Any) -> Splits:
     """Training and held-out rows, tokenized, from the cache where the same was prepared before."""
-    data = config.group(flags.DataFlags)
     key = fingerprint(tokenizer, longest=row_tokens(config, stage), stage=stage)
     return load_splits(
-        train_source(config), held_out_source(config), plan(config, stage, config["seed"]), encoder(config, stage, tokenizer), key,
-        data.validation_split_percentage, data.max_eval_samples,
+        train_source(config), held_out_source(config), prepared_plan(config, stage), encoder(config, stage, tokenizer), key,
+        config["validation_split_percentage"], config["max_eval_samples"],
     )  # fmt: skip
 
 
@@ -70,7 +73,7 @@ def load_held_out(config: Config, stage: Stage, tokenizer: Any) -> Any:
     source = held_out_source(config)
     if source is None:
         return None
-    limited = DataPlan(**{**vars(plan(config, stage)), "max_rows": config["max_eval_samples"]})
+    limited = dataclasses.replace(prepared_plan(config, stage), max_rows=config["max_eval_samples"])
     key = fingerprint(tokenizer, longest=row_tokens(config, stage), stage=stage)
     return load_rows(source, limited, encoder(config, stage, tokenizer), key)
 
