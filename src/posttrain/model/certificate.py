@@ -21,11 +21,13 @@ PROMPTS = (
     "1 + 1 = 2, 12 * 12 = 144, 2024 - 1999 =",
     "糖尿病患者平时应该注意什么？\n首先，",
 )
-# Largest mean KL divergence (nats a token) that rounding the weights to a type may cause; a wrong scale, a forgotten layer or a
-# tied head gone astray lies orders above. Rounding noise is relative, so the bound on single logits scales with their spread.
-SUM_KL_NATS = 1e-7  # before rounding: float32 arithmetic in another order gives about 1e-11
-KL_NATS = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 5e-3}
-LOGIT_SPREADS = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+# The arithmetic is proved before rounding: float32 sums in another order differ by a mean KL of about 1e-11 nats a token.
+SUM_KL_NATS = 1e-7
+# The file is proved after rounding. Measured on the embedded model: 1e-11 in float32, 2e-6 in float16, 3e-5 to 4e-4 in bfloat16
+# (the more trained, the more); a lost layer or a head gone astray lies orders above. Rounding noise is relative, so the bound on
+# single logits is in units of their standard deviation over the vocabulary.
+KL_NATS = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 2e-2}
+LOGIT_SPREADS = {"float32": 1e-3, "float16": 0.2, "bfloat16": 1.0}
 
 
 @dataclass(frozen=True)
