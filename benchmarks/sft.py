@@ -161,7 +161,12 @@ def real_tokens(batch: dict[str, Any]) -> int:
 def summary(clock: StepClock, trainer: Any) -> dict[str, Any]:
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"tokens_per_second": clock.tokens_per_second(), "loss": losses[0], "peak_bytes": peak_kib * 1024, "tokens": clock.tokens}
+    return {
+        "tokens_per_second": clock.tokens_per_second(),
+        "loss": losses[0],
+        "peak_bytes": peak_kib * 1024,
+        "tokens": clock.tokens,
+    }
 
 
 def matrix_peak_flops() -> float:
@@ -214,7 +219,9 @@ def compare(n_rows: int, only: list[str]) -> dict[str, Any]:
     Path(files["all"]).write_text(json.dumps(rows))
     Path(files["first"]).write_text(json.dumps(rows[:BATCH_ROWS]))
     lengths = [len(r["input_ids"]) for r in rows]
-    print(f"{len(rows)} rows of {min(lengths)}-{max(lengths)} tokens, {sum(lengths):,} in all; LoRA r=8 on all linear layers, bf16")
+    print(
+        f"{len(rows)} rows of {min(lengths)}-{max(lengths)} tokens, {sum(lengths):,} in all; LoRA r=8 on all linear layers, bf16"
+    )
     results: dict[str, Any] = {}
     for name in only:
         timed = run_contender(name, files["all"], steps if name != "trl_packed" else 1000, "bfloat16")

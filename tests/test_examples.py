@@ -1,0 +1,75 @@
+"""The examples are what the demo counts on, and the scripts beside the package run."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+from demo import follows_style
+from report import write_page
+
+EXAMPLES = ROOT / "examples"
+
+
+def chats(*names: str) -> list[list[dict[str, str]]]:
+    files = [EXAMPLES / name for name in names]
+    return [json.loads(line)["conversations"] for file in files for line in file.read_text().splitlines()]
+
+
+def test_counts_and_style() -> None:
+    train, held_out = chats("sft/train_a.jsonl", "sft/train_b.jsonl"), chats("heldout/heldout.jsonl")
+    assert len(train) >= 240
+    assert len(held_out) == 40
+    assert len((EXAMPLES / "pretrain" / "articles.txt").read_text().splitlines()) >= 60
+    answers = [turn["value"] for chat in train + held_out for turn in chat if turn["from"] == "gpt"]
+    assert all(follows_style(answer) for answer in answers)
+
+
+def test_held_out_questions_are_new() -> None:
+    asked = [
+        turn["value"].lower()
+        for chat in chats("sft/train_a.jsonl", "sft/train_b.jsonl")
+        for turn in chat
+        if turn["from"] == "human"
+    ]
+    for chat in chats("heldout/heldout.jsonl"):
+        question = chat[0]["value"].lower()
+        assert not difflib.get_close_matches(question, asked, n=1, cutoff=0.8), question
+
+
+def test_style_check_can_fail() -> None:
+    good = "In short: Rest.\n\nWhat to do:\n- Sleep.\n- Drink.\n\nSee a doctor if: it lasts."
+    assert follows_style(good)
+    assert not follows_style("You should rest and drink water.")
+    assert not follows_style(good.replace("- Sleep.\n- Drink.\n", "Sleep and drink.\n"))
+    assert not follows_style(good.replace("\n\nSee a doctor if: it lasts.", ""))
+    assert not follows_style(f"{good}\n\n{good}")
+
+
+def test_report_page(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    report = {
+        "model": "tiny <model>", "minutes": 1.5,
+        "sft": {"loss_before": 3.0, "loss_after": 1.25, "adherence_before": 0.0, "adherence_after": 0.9},
+        "curves": {"pt": [(1, 3.0), (2, 2.5)], "sft": [(1, 2.0), (5, 1.0)]},
+        "answers": [{"question": "why?", "before": "<b>", "after": "In short: so."}],
+    }  # fmt: skip
+    write_page(report, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "tiny &lt;model&gt;" in page
+    assert "&lt;b&gt;" in page
+    assert "90%" in page
+    assert page.count("<polyline") == 2
+
+
+def test_gpu_check_dry_run() -> None:
+    environment = {**os.environ, "POSTTRAIN_GPU_CHECK": "dry"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu_check.py"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| ok |") == 8
+    assert "ours / transformers" in done.stdout
