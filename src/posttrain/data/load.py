@@ -203,7 +203,7 @@ def _build(folder: Path, mix: RowMix, work: RowWork, plan: DataPlan) -> None:
             taken_rows = _account(chunk, writer, ledger, names, seen_rows, plan)
             if taken_rows == plan.max_rows:
                 break
-    if mix.ended_by is not None:
+    if mix.ended_by is not None and taken_rows != plan.max_rows:  # a chunk is read whole, beyond the limit
         ledger.note(f"the mix ends where {mix.ended_by} has no more rows; give it less weight to take more of the others")
     for i, rest_rows in enumerate(mix.count_rest()):
         ledger.left(names[i], drawn_rows[i] - seen_rows[i] + rest_rows)
