@@ -8,9 +8,10 @@ import os
 import subprocess
 import sys
 
-from conftest import ROOT
 from demo import follows_style
 from report import write_page
+
+from conftest import ROOT
 
 EXAMPLES = ROOT / "examples"
 

@@ -19,9 +19,16 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+class _CurrentStderr(logging.Handler):
+    """Writes to what standard error is at the moment, not to what it was when logging began."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def quiet_libraries() -> None:
     """Our own log lines plain and once per job; libraries only with errors that we do not turn into ours."""
-    handler = logging.StreamHandler()
+    handler = _CurrentStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("posttrain")
     ours.handlers, ours.propagate = [handler], False
