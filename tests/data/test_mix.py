@@ -34,6 +34,6 @@ def test_weights_give_shares_and_no_row_twice(tmp_path: Path) -> None:
     ]
     assert [text_of(row) for row in mixed(2).dataset] != rows
     assert [text_of(row) for row in mixed(1, 20).dataset] == rows[:20]
-    assert mixed(1, 20).ledger.notes == [], "the limit ended it"
+    assert mixed(1, len(rows) - 1).ledger.notes == [], "the limit ended it, not a dataset"
     plain = load_rows(DataSource(",".join(names)), DataPlan("text"), encode_text, "v1")
     assert [text_of(row)[0] for row in plain.dataset] == ["a"] * 300 + ["b"] * 50 + ["c"] * 100
