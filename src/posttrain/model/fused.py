@@ -1,0 +1,140 @@
+"""Fewer passes over memory on the CPU: recognised modules get a forward that is one autograd function over blocks of rows.
+
+Measured on SmolLM2-135M, LoRA rank 8 on all linears, 4,096 tokens without checkpointing: peak memory 0.7 of the modules' own, same speed.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from posttrain.model import lora_forward
+from posttrain.model.fused_functions import GatedMlpFunction, LoraLinearFunction, RmsNormFunction, Weights
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def fuse(model: nn.Module) -> str:
+    """Replace the forward of every module that is recognised, and say in one line what was replaced.
+
+    A module is recognised by the code of its forward (Llama's MLP and RMS norm are copied over most families) or its class (PEFT's LoRA
+    linear), and only if its kind then computes the same on random input. Off the CPU nothing is replaced. Call it after the adapter is
+    attached; a module that is later given dropout, another adapter or hooks takes its own path again.
+    """
+    counts: Counter[str] = Counter()
+    right: dict[tuple[type, type], bool] = {}
+    inner: set[int] = set()  # what a fused MLP calls no more
+    for module in model.modules():
+        found = None if id(module) in inner else _replacement(module)
+        if found is not None:
+            name, forward = found
+            kind = (type(module), type(getattr(module, "gate_proj", None)))
+            if kind not in right:
+                right[kind] = _agrees(module, forward)
+            if right[kind]:
+                module.forward = types.MethodType(forward, module)
+                counts[name] += 1
+        if getattr(module.forward, "__func__", None) is _mlp_forward:
+            inner |= {id(child) for child in module.modules()}
+    return ", ".join(f"{n} × {name}" for name, n in counts.items()) or "nothing"
+
+
+def _replacement(module: nn.Module) -> tuple[str, Callable[..., Tensor]] | None:
+    """What the module is called and its new forward; None where it is not recognised."""
+    own = vars(module).get("forward")  # another's hook, or ours already
+    if own is not None and getattr(own, "__func__", None) is not lora_forward._forward:
+        return None
+    if next((p.device.type for p in module.parameters()), "") != "cpu":
+        return None
+    if _same_code(module, LlamaMLP) and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+        return "gated MLP", _mlp_forward
+    if _same_code(module, LlamaRMSNorm):
+        return "RMS norm", _norm_forward
+    return ("LoRA linear", _linear_forward) if type(module) is LoraLinear else None
+
+
+def _same_code(module: nn.Module, reference: type[nn.Module]) -> bool:
+    """Whether the module's class has the reference's forward, instruction by instruction."""
+    codes = [getattr(kind.forward, "__code__", None) for kind in (type(module), reference)]
+    parts = [None if c is None else (c.co_code, c.co_names, c.co_consts, c.co_varnames) for c in codes]
+    return parts[0] is not None and parts[0] == parts[1]
+
+
+def _agrees(module: Any, forward: Callable[..., Tensor]) -> bool:
+    """Whether the new forward gives what the module gives, on a few random rows in the module's type."""
+    weight = next(module.parameters())
+    width = module.gate_proj.in_features if hasattr(module, "gate_proj") else weight.shape[-1]
+    x = torch.randn(1, 5, width, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        expected, got = module(x), forward(module, x)
+    return got.dtype == expected.dtype and bool((got - expected).norm() <= TOLERANCE.get(expected.dtype, 0.0) * expected.norm())
+
+
+def _weights(linear: Any) -> tuple[Weights, float] | None:
+    """The tensors and the scaling of a linear, plain or with one plain adapter; None where it computes something else."""
+    base, down, up, scaling = linear, None, None, 0.0
+    if type(linear) is LoraLinear:
+        name = linear.active_adapters[0] if len(linear.active_adapters) == 1 else ""
+        if (
+            name not in linear.lora_A
+            or name in linear.lora_variant
+            or linear.lora_bias[name]
+            or linear.merged
+            or linear.disable_adapters
+        ):
+            return None
+        if linear.training and getattr(linear.lora_dropout[name], "p", 0.0) > 0:
+            return None
+        base, down, up = linear.base_layer, linear.lora_A[name].weight, linear.lora_B[name].weight
+        scaling = linear.scaling[name]
+    if type(base) is not nn.Linear or not base.weight.is_floating_point() or base._forward_hooks or base._forward_pre_hooks:
+        return None
+    return Weights(base.weight, base.bias, down, up), scaling
+
+
+def _compute_type(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The type that the products run in, as autocast or the weight has it; None where the module itself would refuse."""
+    if x.device.type != "cpu":
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu")
+    return weight.dtype if x.dtype == weight.dtype else None
+
+
+def _linear_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    found = None if args or kwargs else _weights(self)
+    dtype = None if found is None else _compute_type(x, found[0].weight)
+    if found is None or dtype is None:
+        return lora_forward._forward(self, x, *args, **kwargs)
+    with torch.autocast("cpu", enabled=False):
+        y: Tensor = LoraLinearFunction.apply(x.flatten(0, -2), dtype, found[1], *found[0])
+    return y.unflatten(0, x.shape[:-1])
+
+
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+    found = [pair for pair in (_weights(linear) for linear in (self.gate_proj, self.up_proj, self.down_proj)) if pair is not None]
+    dtype = _compute_type(x, found[0][0].weight) if len(found) == 3 else None
+    if dtype is None:
+        usual: Tensor = type(self).forward(self, x)
+        return usual
+    tensors = [tensor for weights, _ in found for tensor in weights]
+    with torch.autocast("cpu", enabled=False):
+        y: Tensor = GatedMlpFunction.apply(x.flatten(0, -2), dtype, tuple(scaling for _, scaling in found), *tensors)
+    return y.unflatten(0, x.shape[:-1])
+
+
+def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    if hidden_states.device.type != "cpu":
+        usual: Tensor = type(self).forward(self, hidden_states)
+        return usual
+    with torch.autocast("cpu", enabled=False):
+        y: Tensor = RmsNormFunction.apply(hidden_states.flatten(0, -2), self.weight, self.variance_epsilon)
+    return y.unflatten(0, hidden_states.shape[:-1])
