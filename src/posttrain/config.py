@@ -169,7 +169,8 @@ def _canonical(options: Mapping[str, Option], name: str, where: str, notes: list
             return new
     if name in hf_flags.REFUSED and "output_dir" in options:
         raise UserError(f"{where} would do nothing here: {hf_flags.REFUSED[name]}")
-    near = difflib.get_close_matches(name, [*options, *hf_flags.RENAMED], n=1, cutoff=0.5)
+    old = [word for word, (new, _) in hf_flags.RENAMED.items() if new in options]
+    near = difflib.get_close_matches(name, [*options, *old], n=1, cutoff=0.5)
     hint = f"did you mean --{near[0]}?" if near else "see --help for the flags of this command"
     raise UserError(f"{where} is unknown: {hint}")
 

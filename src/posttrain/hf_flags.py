@@ -56,6 +56,8 @@ RENAMED: dict[str, tuple[str | None, str]] = {
 }
 
 _OWN_LOSS = "the loss here is a sum over target log-probs divided once by the step's weight"
+_EVAL_TYPE = "evaluation computes in the types of training: see --bf16 and --dtype"
+_COMPILE = "every batch has a length and segments of its own, and the compiler would compile for each of them"
 REFUSED: dict[str, str] = {
     "label_smoothing_factor": _OWN_LOSS,
     "average_tokens_across_devices": "always so here: the step is divided by the weight of all ranks",
@@ -67,16 +69,23 @@ REFUSED: dict[str, str] = {
     "eval_accumulation_steps": "evaluation here returns sums, not predictions",
     "include_for_metrics": "evaluation here returns sums, not predictions",
     "batch_eval_metrics": "evaluation here returns sums, not predictions",
+    "bf16_full_eval": _EVAL_TYPE,
+    "fp16_full_eval": _EVAL_TYPE,
     "do_predict": "use `posttrain generate`",
     "remove_unused_columns": "the columns of a batch are ours",
     "label_names": "the columns of a batch are ours",
     "use_liger_kernel": "the fused loss is built in and on",
     "liger_kernel_config": "the fused loss is built in and on",
     "auto_find_batch_size": "it would change the update without a word; lower --per_device_train_batch_size",
+    "torch_compile": _COMPILE,
+    "torch_compile_backend": _COMPILE,
+    "torch_compile_mode": _COMPILE,
     "use_cache": "training never uses the KV cache",
     "parallelism_config": "not supported",
     "local_rank": "read from the environment that torchrun sets",
     "ignore_data_skip": "resume is exact here",
+    "restore_callback_states_from_checkpoint": "resume is exact here, and no callback has a state of its own",
+    "accelerator_config": "how rows reach the processes is ours, and the rest has flags of its own",
     "neftune_noise_alpha": "its noise counts the whole packed row as one example",
 }
 

@@ -23,6 +23,7 @@ from posttrain.data.tokenize import prove_masks
 from posttrain.model.adapter import Lora, attach_lora, load_adapter, trainable_summary
 from posttrain.model.attention import enable_segments
 from posttrain.model.embedded import resolve_model
+from posttrain.model.fused import fuse
 from posttrain.model.load import check_vocabulary, load_model, load_tokenizer, resize_embeddings
 from posttrain.model.logprobs import install_logprobs
 from posttrain.objectives import OBJECTIVES
@@ -76,8 +77,9 @@ def prepare(config: Config, args: TrainingArguments, tokenizer: Any) -> tuple[An
     with args.main_process_first(desc="preparing data"):
         if stage == "pt" and config["streaming"]:
             held_out = rows.load_held_out(config, stage, tokenizer)
+            seed = config["seed"] if config["data_seed"] is None else config["data_seed"]
             return rows.stream(
-                config, stage, tokenizer, config["seed"], config["shuffle_buffer_rows"],
+                config, stage, tokenizer, seed, config["shuffle_buffer_rows"],
                 rank=args.process_index, world_size=args.world_size,
             ), held_out  # fmt: skip
         splits = rows.load(config, stage, tokenizer)
@@ -138,6 +140,8 @@ def build_trainer(
         packed = attention.packed
         say(f"rows: {'segments without padding' if packed else 'padded'} ({attention.reason})")
     say(f"log-probs: {install_logprobs(model).reason}")
+    if config["fused"]:
+        say(f"fused: {fuse(model)}")
     data = TrainingData(
         group_rows(config, train, packed),
         Groups(held_out.dataset) if held_out is not None else None,
@@ -147,7 +151,9 @@ def build_trainer(
     os.environ["TENSORBOARD_LOGGING_DIR"] = config["logging_dir"]  # where the library's callback looks
     trainer = ObjectiveTrainer(model, args, data, OBJECTIVES[config.command], tokenizer)  # type: ignore[index]
     audit = [GradientAudit()] if config["audit"] else []
-    use_callbacks(trainer, [Progress(None if not args.disable_tqdm else False), MetricsFile(Path(args.output_dir)), *audit])
+    # Not args.disable_tqdm, which is true whenever the library's log lines are off.
+    bar = None if config["disable_tqdm"] is None else not config["disable_tqdm"]
+    use_callbacks(trainer, [Progress(bar), MetricsFile(Path(args.output_dir)), *audit])
     return trainer
 
 

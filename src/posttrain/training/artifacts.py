@@ -46,12 +46,22 @@ def find_checkpoint(folder: Path, wanted: str | None) -> str | None:
     if wanted.lower() not in ("auto", "true"):
         if not Path(wanted, "trainer_state.json").is_file():
             raise UserError(f"--resume_from_checkpoint {wanted}: not a checkpoint folder (it has no trainer_state.json)")
-        return wanted
+        return _with_state(wanted)
     # trainer_state.json is written last, so a checkpoint that a crash cut short is passed over.
     whole = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
     if not whole and wanted.lower() == "true":
         raise UserError(f"--resume_from_checkpoint True: no whole checkpoint in {folder}")
-    return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
+    return _with_state(str(max(whole, key=lambda c: int(c.name.rpartition("-")[2])))) if whole else None
+
+
+def _with_state(checkpoint: str) -> str:
+    """The checkpoint; UserError when it holds weights only, from which the library would go on without a word."""
+    if not any(Path(checkpoint).glob("rng_state*")):
+        raise UserError(
+            f"{checkpoint} was saved with --save_only_model: it has no optimizer to resume; start a new run from its weights"
+            " (--peft_path, or --model_name_or_path for a full model)"
+        )
+    return checkpoint
 
 
 def content_hash(path: Path) -> str:

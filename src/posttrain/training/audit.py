@@ -74,6 +74,9 @@ class GradientAudit(TrainerCallback):
         still = trainable - moved
         enough = self.steps_with_rate >= 2
         if still and enough:
-            raise UserError(f"gradient audit: {len(still)} trainable tensors did not move, the first is {min(still)}")
+            raise UserError(
+                f"gradient audit: {len(still)} trainable tensors did not move, the first is {min(still)}: raise --learning_rate,"
+                " or turn the check off with --audit False if steps are meant to be this small"
+            )
         text = f"gradient audit: {len(moved)} of {len(trainable)} trainable tensors moved, {len(frozen)} frozen ones did not"
         return text if enough else f"{text} (only {self.steps_with_rate} step(s) had a learning rate above 0)"

@@ -83,11 +83,15 @@ def loader(
 
 
 def stream_loader(
-    stream: IterableDataset[list[dict[str, Any]]], batch_rows: int, collate: Callable[[list[dict[str, Any]]], PackedBatch]
+    stream: IterableDataset[list[dict[str, Any]]],
+    batch_rows: int,
+    collate: Callable[[list[dict[str, Any]]], PackedBatch],
+    pin_memory: bool = False,
 ) -> DataLoader:
     """Batches of a stream's groups, read in this process: its place is then exactly behind the last batch."""
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(stream, batch_size=batch_rows, collate_fn=partial(_flat, collate=collate), generator=generator)
+    flat = partial(_flat, collate=collate)
+    return DataLoader(stream, batch_size=batch_rows, collate_fn=flat, generator=generator, pin_memory=pin_memory)
 
 
 def _flat(groups: list[list[dict[str, Any]]], collate: Callable[[list[dict[str, Any]]], PackedBatch]) -> PackedBatch:

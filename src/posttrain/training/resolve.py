@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import trainer_log_levels
 
 from posttrain import hf_flags
 from posttrain.config import Config
@@ -20,10 +25,18 @@ CPU_FORWARD_TOKENS = 1024  # where matrix products have reached their full speed
 GPU_FORWARD_TOKENS = 16384
 
 
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_rank")
+NEED_WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
+LOWER_IS_BETTER = ("loss", "nll_nats", "perplexity")
+
+
 def resolve(config: Config) -> Config:
     """Fill in what the user left open. Each value it sets shows up as `derived`."""
-    _check(config)
     on_cpu = config["use_cpu"] or not torch.accelerator.is_available()
+    _check_numbers(config)
+    _check_data(config)
+    _check_adapter(config)
+    _check_library(config, on_cpu)
     native = torch.bfloat16 if on_cpu and torch.cpu._is_avx512_bf16_supported() else hardware_dtype()
     half = native is torch.bfloat16 and not config["fp16"]
     if config.given("dtype") and config["dtype"] != "auto":
@@ -37,6 +50,8 @@ def resolve(config: Config) -> Config:
     stage = config.command
     if config["forward_tokens"] < 0:
         config = config.replace("forward_tokens", CPU_FORWARD_TOKENS if on_cpu else GPU_FORWARD_TOKENS)
+    if (config["metric_for_best_model"] or "").endswith(LOWER_IS_BETTER):  # the library knows it of names in -loss only
+        config = config.derive(greater_is_better=False)
     return config.derive(
         use_cpu=on_cpu,
         bf16=half,
@@ -47,34 +62,88 @@ def resolve(config: Config) -> Config:
     ).derive(logging_dir=config["logging_dir"] or str(Path(config["output_dir"] or Path("outputs", stage), "logs")))
 
 
-def _check(config: Config) -> None:
+def _check_numbers(config: Config) -> None:
+    for name in AT_LEAST_ONE:
+        if config[name] < 1:
+            raise UserError(f"--{name} {config[name]}: must be at least 1")
+    if config["num_train_epochs"] <= 0:
+        raise UserError(f"--num_train_epochs {config['num_train_epochs']}: must be greater than 0")
+    if not 0 <= config["lora_dropout"] < 1:
+        raise UserError(f"--lora_dropout {config['lora_dropout']}: must be in [0, 1)")
+    length_flag = "block_size" if config.command == "pt" else "model_max_length"
+    if config[length_flag] < 2:
+        raise UserError(f"--{length_flag} {config[length_flag]}: must be at least 2 tokens")
+    if not 0 <= config["validation_split_percentage"] < 100:
+        raise UserError(f"--validation_split_percentage {config['validation_split_percentage']}: must be in [0, 100)")
+
+
+def _check_data(config: Config) -> None:
     stage = config.command
     if config["train_file_dir"] and config["dataset_name"]:
         raise UserError("--train_file_dir and --dataset_name both name the training data: give one")
     if not (config["train_file_dir"] or config["dataset_name"]):
         raise UserError(f"posttrain {stage} needs training data: --train_file_dir or --dataset_name")
-    for name in ("peft_path", "modules_to_save", "use_dora", "use_rslora", "lora_rank", "lora_alpha", "target_modules"):
+    workers = config["dataloader_num_workers"]
+    if workers < 0:
+        raise UserError(f"--dataloader_num_workers {workers}: must be at least 0")
+    for name in NEED_WORKERS:
+        if config[name] and not workers:
+            raise UserError(f"--{name} is about loader processes: it needs --dataloader_num_workers of at least 1")
+    how, known = config["dataloader_multiprocessing_context"], multiprocessing.get_all_start_methods()
+    if how and how not in known:
+        raise UserError(f"--dataloader_multiprocessing_context {how}: expected one of {', '.join(known)}")
+    if stage == "pt" and config["streaming"]:
+        _check_stream(config)
+
+
+def _check_stream(config: Config) -> None:
+    if config["max_steps"] < 1:
+        raise UserError("--streaming does not know how many rows there are: say --max_steps")
+    if config["validation_split_percentage"]:
+        raise UserError("--streaming cannot hold out a share of rows it has not read: name --validation_file_dir")
+    if config["dataloader_num_workers"]:
+        raise UserError(
+            "--streaming reads in the training process, so that it can go on at the same row: --dataloader_num_workers 0"
+        )
+
+
+def _check_adapter(config: Config) -> None:
+    for name in (
+        "peft_path",
+        "modules_to_save",
+        "use_dora",
+        "use_rslora",
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+    ):
         if config.given(name) and config[name] and not config["use_peft"]:
             raise UserError(f"--{name} belongs to LoRA, but --use_peft is False")
-    if config["lora_rank"] < 1:
-        raise UserError(f"--lora_rank {config['lora_rank']}: must be at least 1")
-    if not 0 <= config["lora_dropout"] < 1:
-        raise UserError(f"--lora_dropout {config['lora_dropout']}: must be in [0, 1)")
-    length_flag = "block_size" if stage == "pt" else "model_max_length"
-    if config[length_flag] < 2:
-        raise UserError(f"--{length_flag} {config[length_flag]}: must be at least 2 tokens")
-    if not 0 <= config["validation_split_percentage"] < 100:
-        raise UserError(f"--validation_split_percentage {config['validation_split_percentage']}: must be in [0, 100)")
-    if stage == "pt" and config["streaming"] and config["max_steps"] < 1:
-        raise UserError("--streaming does not know how many rows there are: say --max_steps")
-    if stage == "pt" and config["streaming"] and config["validation_split_percentage"]:
-        raise UserError("--streaming cannot hold out a share of rows it has not read: name --validation_file_dir")
-    if stage == "pt" and config["streaming"] and config["dataloader_num_workers"]:
-        raise UserError("--streaming reads in the training process, so that it can go on at the same row: --dataloader_num_workers 0")
     if config["fp16"] and not config["use_peft"]:
         raise UserError("--fp16 cannot train all weights: small gradients vanish in it; use --bf16, or --use_peft True")
     if config["bf16"] and config["fp16"]:
         raise UserError("--bf16 and --fp16 exclude each other")
+
+
+def _check_library(config: Config, on_cpu: bool) -> None:
+    """What the library would answer with a traceback, late, or not at all."""
+    if config["fp16"] and on_cpu:
+        raise UserError("--fp16 needs a GPU: on a CPU use --bf16")
+    for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs"):
+        if isinstance(config[name], str):
+            raise UserError(f"--{name} {config[name]!r}: expected a JSON object")
+    for name in ("log_level", "log_level_replica"):
+        if config[name] not in trainer_log_levels:
+            raise UserError(f"--{name} {config[name]}: expected one of {', '.join(trainer_log_levels)}")
+    if config["fsdp"] and "WORLD_SIZE" not in os.environ:
+        raise UserError("--fsdp shards over processes: start them with torchrun --nproc_per_node")
+    if config["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("--deepspeed needs the package: pip install 'posttrain[deepspeed]'")
+    wanted = {*config["report_to"]} - {"none", "all", "tensorboard", "flyte"}
+    missing = wanted - {*get_available_reporting_integrations()} if wanted else set()
+    if missing:
+        raise UserError(f"--report_to {min(missing)}: not known or not installed")
 
 
 def training_arguments(config: Config) -> TrainingArguments:
@@ -91,9 +160,11 @@ def training_arguments(config: Config) -> TrainingArguments:
     chosen.pop("resume_from_checkpoint", None)
     if isinstance(chosen.get("debug"), list):
         chosen["debug"] = " ".join(chosen["debug"])
+    if chosen.get("optim_target_modules") == ["all-linear"]:  # a word of the library's, not a name
+        chosen["optim_target_modules"] = "all-linear"
     try:
         return TrainingArguments(**chosen)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(f"transformers.TrainingArguments: {' '.join(str(error).split())}") from error
 
 

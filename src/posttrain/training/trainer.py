@@ -69,14 +69,32 @@ class ObjectiveTrainer(Trainer):
         self.run = Sums(self._sum_over_ranks)  # since step 0
         self._log_clock = (time.monotonic(), 0.0)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's; a package that is missing or a value out of range is told in one line."""
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ImportError, ValueError, TypeError) as error:
+            raise UserError(f"--optim {self.args.optim.value}: {' '.join(str(error).split())}") from error
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's; settings that the schedule does not have are told in one line."""
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            name, settings = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
+            raise UserError(f"--lr_scheduler_type {name} with {settings or {}}: {' '.join(str(error).split())}") from error
+
     # --- data ---------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """Shuffled by (data_seed, epoch); the same rows per step for every world size. A stream comes in its own order."""
         if isinstance(self.data.train, PackedStream):
-            return stream_loader(self.data.train, self._train_batch_size, self.data.collate)
+            return stream_loader(self.data.train, self._train_batch_size, self.data.collate, self._pin_memory)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return self._loader(self.data.train, self._train_batch_size, seed, drop_last=self.args.dataloader_drop_last)
+        batches = self._loader(self.data.train, self._train_batch_size, seed, drop_last=self.args.dataloader_drop_last)
+        if not len(batches):
+            raise UserError(f"--dataloader_drop_last True: {len(self.data.train)} rows do not fill a batch of all processes")
+        return batches
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochLoader:
         """In order, every row once."""
@@ -91,12 +109,16 @@ class ObjectiveTrainer(Trainer):
         return loader(
             rows, batches, self.data.collate,
             num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            pin_memory=self._pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
         )  # fmt: skip
+
+    @property
+    def _pin_memory(self) -> bool:
+        return self.args.dataloader_pin_memory and self.args.device.type != "cpu"
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
@@ -156,11 +178,7 @@ class ObjectiveTrainer(Trainer):
         self.window.clear()
         tokens = totals.pop("tokens")[0]
         logs = {**logs, **averages(totals)}
-        if not all(math.isfinite(logs[name]) for name in ("loss", "grad_norm") if name in logs):
-            raise UserError(
-                f"the loss or gradient is not finite at step {self.state.global_step} (loss {logs['loss']}): lower"
-                " --learning_rate, raise --warmup_steps, or use --dtype float32"
-            )
+        self._check_finite(logs, "loss", "grad_norm")
         now = time.monotonic()
         # Evaluation and saving between two logs are not training time.
         seconds = now - self._log_clock[0] - self._log_clock[1]
@@ -173,7 +191,16 @@ class ObjectiveTrainer(Trainer):
         totals = self.run.totals()
         tokens = totals.pop("tokens")[0]
         logs = {name: value for name, value in logs.items() if name != "total_flos"}
-        return {**logs, "train_loss": averages(totals)["loss"], "train_tokens": tokens}
+        logs = {**logs, "train_loss": averages(totals)["loss"], "train_tokens": tokens}
+        self._check_finite(logs, "train_loss")  # the steps behind the last log too, before the weights are saved
+        return logs
+
+    def _check_finite(self, logs: dict[str, float], *names: str) -> None:
+        if not all(math.isfinite(logs[name]) for name in names if name in logs):
+            raise UserError(
+                f"the loss or gradient is not finite at step {self.state.global_step} (loss {logs[names[0]]}): lower"
+                " --learning_rate, raise --warmup_steps, or use --dtype float32"
+            )
 
     def _off_the_clock(self, since: float) -> None:
         self._log_clock = (self._log_clock[0], self._log_clock[1] + time.monotonic() - since)
@@ -200,6 +227,9 @@ class ObjectiveTrainer(Trainer):
         if "nll_nats" in metrics:
             metrics["perplexity"] = math.exp(min(metrics["nll_nats"], 700.0))
         metrics["runtime_seconds"] = time.monotonic() - began
+        best = self.args.metric_for_best_model
+        if best and best.removeprefix("eval_") not in metrics:
+            raise UserError(f"--metric_for_best_model {best}: expected one of {', '.join(metrics)}")
         logs = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
