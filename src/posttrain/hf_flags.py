@@ -101,6 +101,8 @@ DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1.0,
     "dataloader_pin_memory": False,
     "save_strategy": "epoch",
+    "do_train": True,
+    "do_eval": True,
 }
 
 _KINDS = {"bool": "bool", "int": "int", "float": "float", "dict": "dict", "list": "list"}

@@ -29,7 +29,9 @@ def chats(tmp_path: Path) -> Path:
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     file = tmp_path / "corpus.txt"
-    file.write_text("".join(f"the quick brown fox number {i} jumps over the lazy dog in the shade of tree {i}\n" for i in range(40)))
+    file.write_text(
+        "".join(f"the quick brown fox number {i} jumps over the lazy dog in the shade of tree {i}\n" for i in range(40))
+    )
     return file
 
 
@@ -85,7 +87,7 @@ def test_sft_run_folder(model_folder: Path, chats: Path, tmp_path: Path) -> None
     record = json.loads((out / "run.json").read_text())
     assert record["parents"]["base"]["name"] == str(model_folder)
     assert len(record["parents"]["base"]["hash"]) == 32
-    assert record["config"]["learning_rate"] == 1e-2
+    assert (record["config"]["learning_rate"], record["config"]["do_train"], record["config"]["do_eval"]) == (1e-2, True, True)
     assert record["versions"]["torch"].startswith("2.")
 
 
@@ -135,13 +137,14 @@ def test_peft_path_goes_on_from_weights_only(model_folder: Path, chats: Path, tm
     assert json.loads((tmp_path / "b" / "run.json").read_text())["parents"]["adapter"]["name"] == str(tmp_path / "a")
 
 
-def test_stream_writes_its_ledger(model_folder: Path, corpus: Path, tmp_path: Path) -> None:
+def test_stream_writes_its_ledger(model_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus.write_text(corpus.read_text() + "\n\n")
     out = tmp_path / "run"
     run("pt", "--model_name_or_path", model_folder, "--train_file_dir", corpus, "--output_dir", out, "--streaming", "True",
         "--max_steps", 12, "--block_size", 64, "--bad_rows", "skip", "--save_strategy", "no", *COMMON)  # fmt: skip
     ledger = json.loads((out / "ledger.json").read_text())["train"]
     assert ledger["trained"] == 40
+    assert "rows: 40 in = 40 trained + 0 dropped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -157,6 +160,10 @@ def test_stream_writes_its_ledger(model_folder: Path, corpus: Path, tmp_path: Pa
         (["--train_file_dir", "{chats}", "--resume_from_checkpoint", "True"], "no whole checkpoint"),
         (["--train_file_dir", "{chats}", "--resume_from_checkpoint", "elsewhere"], "not a checkpoint folder"),
         (["--train_file_dir", "{chats}", "--do_eval", "True", "--max_steps", "1"], "--do_eval True needs held-out rows"),
+        (
+            ["--train_file_dir", "{chats}", "--validation_file_dir", "{chats}", "--validation_split_percentage", "5"],
+            "both name the held-out rows",
+        ),
         (["--train_file_dir", "{chats}", "--template_name", "vicuan"], "vicuna"),
         (["--train_file_dir", "{chats}", "--use_peft", "False", "--fp16", "True"], "--fp16"),
         (["--train_file_dir", "{chats}", "--load_best_model_at_end", "True"], "save and eval strategy"),
@@ -172,15 +179,17 @@ def test_mistakes(
     line = fails(capsys, "sft", "--model_name_or_path", model_folder, "--output_dir", tmp_path / "out", *words)
     assert said in line
     assert line.startswith("posttrain: ")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists(), "told before anything is trained"
 
 
-def test_output_dir_that_holds_a_run(
-    model_folder: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_dir_that_holds_a_run(model_folder: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("sft", "--model_name_or_path", model_folder, "--train_file_dir", chats, "--output_dir", tmp_path / "out",
              "--max_steps", 1, "--save_strategy", "no", *COMMON)  # fmt: skip
     run(*words)
     assert "already holds a run" in fails(capsys, *words)
+    again = fails(capsys, *words, "--overwrite_output_dir", "True", "--peft_path", tmp_path / "out")
+    assert "--overwrite_output_dir would delete --peft_path" in again
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     run(*words, "--overwrite_output_dir", "True")
     run(*words, "--resume_from_checkpoint", "auto")
 

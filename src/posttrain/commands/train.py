@@ -37,6 +37,8 @@ from posttrain.types import Stage, UserError
 
 logger = logging.getLogger(__name__)
 
+SOURCES = ("model_name_or_path", "tokenizer_name_or_path", "peft_path", "train_file_dir", "validation_file_dir", "dataset_name")
+
 
 def run(config: Config) -> None:
     """config → data → template → tokenize → pack → model + adapter → objective → trainer → artifacts."""
@@ -46,7 +48,8 @@ def run(config: Config) -> None:
     checkpoint = artifacts.find_checkpoint(folder, config["resume_from_checkpoint"])
     args = training_arguments(config)
     if args.process_index == 0:
-        artifacts.open_run_folder(folder, config["overwrite_output_dir"], resuming=bool(config["resume_from_checkpoint"]))
+        sources = {f"--{name}": config[name] for name in SOURCES}
+        artifacts.open_run_folder(folder, config["overwrite_output_dir"], bool(config["resume_from_checkpoint"]), sources)
     say(f"posttrain {config.command}: settings that are not defaults\n{config.table()}")
     tokenizer = load_tokenizer(config["tokenizer_name_or_path"] or config["model_name_or_path"], **_source(config))
     if config.command == "sft":
@@ -95,12 +98,16 @@ def report_data(config: Config, train: Any, held_out: LoadedRows | None, tokeniz
     if held_out is not None:
         held_out.ledger.assert_identity()
         say(held_out.ledger.summary("held out"))
+    elif config.given("do_eval") and config["do_eval"]:
+        raise UserError(f"--do_eval True needs held-out rows: {HELD_OUT_FLAGS}")
     if config.command == "sft":
         say(prove_masks(train.dataset, tokenizer, config["model_max_length"]))
 
 
 def write_ledger(folder: Path, train: Any, held_out: LoadedRows | None) -> None:
-    """`ledger.json`; that of a stream grows while it is read, so it is written at the end."""
+    """`ledger.json`; that of a stream grows while it is read, so it is written (and only then shown) at the end."""
+    if isinstance(train, RowStream):
+        say(train.ledger.summary())
     ledgers = {"train": train.ledger} | ({"validation": held_out.ledger} if held_out is not None else {})
     content = {name: ledger.to_json() for name, ledger in ledgers.items()}
     (folder / "ledger.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -174,8 +181,7 @@ def group_rows(config: Config, train: Any, packed: bool) -> Groups | PackedStrea
 
 def train_and_evaluate(config: Config, trainer: ObjectiveTrainer, folder: Path, checkpoint: str | None) -> None:
     """Train, save, evaluate, and write what came out."""
-    wants = {name: config[name] if config.given(name) else True for name in ("do_train", "do_eval")}
-    if wants["do_train"]:
+    if config["do_train"]:
         if checkpoint:
             say(f"resuming from {checkpoint}: weights, optimizer, schedule, order of the data and random state")
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -183,9 +189,7 @@ def train_and_evaluate(config: Config, trainer: ObjectiveTrainer, folder: Path, 
         trainer.save_state()
         if trainer.args.process_index == 0:
             artifacts.write_results(folder, "train", trainer.state.log_history[-1])
-    if wants["do_eval"] and trainer.data.held_out is not None:
+    if config["do_eval"] and trainer.data.held_out is not None:
         metrics = trainer.evaluate()
         if trainer.args.process_index == 0:
             artifacts.write_results(folder, "eval", metrics)
-    elif config.given("do_eval") and config["do_eval"]:
-        raise UserError(f"--do_eval True needs held-out rows: {HELD_OUT_FLAGS}")

@@ -23,8 +23,11 @@ CONTENT = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 NOT_CONTENT = {RUN_FILE, "ledger.json", "metrics.jsonl", "trainer_state.json", "training_args.bin", "merge_certificate.json"}
 
 
-def open_run_folder(folder: Path, overwrite: bool, resuming: bool) -> None:
-    """Make `folder` ready. UserError when it already holds a run and the user neither resumes nor overwrites it."""
+def open_run_folder(folder: Path, overwrite: bool, resuming: bool, sources: Mapping[str, str | None] | None = None) -> None:
+    """Make `folder` ready. UserError when it already holds a run and the user neither resumes nor overwrites it.
+
+    sources  flag → what the run is made from (several: a,b,c); overwriting never deletes one of them
+    """
     if folder.is_file():
         raise UserError(f"--output_dir {folder}: is a file")
     holds_run = any((folder / name).exists() for name in (RUN_FILE, "metrics.jsonl", "trainer_state.json"))
@@ -35,8 +38,17 @@ def open_run_folder(folder: Path, overwrite: bool, resuming: bool) -> None:
                 f"--output_dir {folder} already holds a run: go on with --resume_from_checkpoint auto, start over with"
                 " --overwrite_output_dir True, or name another folder"
             )
+        _check_sources(folder, sources or {})
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _check_sources(folder: Path, sources: Mapping[str, str | None]) -> None:
+    for flag, names in sources.items():
+        for name in (names or "").split(","):
+            path = Path(name.strip()).expanduser()
+            if name.strip() and path.exists() and path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"--overwrite_output_dir would delete {flag} {name.strip()}: name another --output_dir")
 
 
 def find_checkpoint(folder: Path, wanted: str | None) -> str | None:

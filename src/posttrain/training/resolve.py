@@ -52,13 +52,13 @@ def resolve(config: Config) -> Config:
         config = config.replace("forward_tokens", CPU_FORWARD_TOKENS if on_cpu else GPU_FORWARD_TOKENS)
     if (config["metric_for_best_model"] or "").endswith(LOWER_IS_BETTER):  # the library knows it of names in -loss only
         config = config.derive(greater_is_better=False)
+    strategies = {f"{what}_strategy": "steps" for what in ("save", "eval") if config.given(f"{what}_steps")}
     return config.derive(
         use_cpu=on_cpu,
         bf16=half,
         learning_rate=LORA_LEARNING_RATE if config["use_peft"] else FULL_LEARNING_RATE,
         output_dir=str(Path("outputs", stage)),
-        save_strategy="steps" if config.given("save_steps") else config["save_strategy"],
-        eval_strategy="steps" if config.given("eval_steps") else config["eval_strategy"],
+        **strategies,
     ).derive(logging_dir=config["logging_dir"] or str(Path(config["output_dir"] or Path("outputs", stage), "logs")))
 
 
@@ -83,6 +83,8 @@ def _check_data(config: Config) -> None:
         raise UserError("--train_file_dir and --dataset_name both name the training data: give one")
     if not (config["train_file_dir"] or config["dataset_name"]):
         raise UserError(f"posttrain {stage} needs training data: --train_file_dir or --dataset_name")
+    if config["validation_file_dir"] and config["validation_split_percentage"]:
+        raise UserError("--validation_file_dir and --validation_split_percentage both name the held-out rows: give one")
     workers = config["dataloader_num_workers"]
     if workers < 0:
         raise UserError(f"--dataloader_num_workers {workers}: must be at least 0")
