@@ -104,6 +104,11 @@ def test_help_lists_every_own_flag(name: str) -> None:
             assert f"--{field.name}" in text
 
 
+@pytest.mark.parametrize(("name", "listed"), [("show", True), ("chat", True), ("pt", False)])
+def test_help_lists_the_templates(name: str, listed: bool) -> None:
+    assert ("qwen3_nothink, starchat" in " ".join(cli.command_help(name).split())) == listed
+
+
 def test_help_is_fast_and_loads_no_torch() -> None:
     code = (
         "import sys, posttrain.cli as c; c.main(['--help']); c.main(['sft', '--help']);"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 
 from posttrain import __version__, config, flags
+from posttrain.data.template_files import list_templates
 from posttrain.types import UserError
 
 
@@ -100,7 +101,8 @@ def command_help(name: str, everything: bool = False) -> str:
     lines = [f"usage: posttrain {name} [--config FILE.yaml] [--flag value …]", "", command.purpose]
     owner = ""
     library: list[str] = []
-    for option in config.options_of(command.groups, command.training).values():
+    options = config.options_of(command.groups, command.training)
+    for option in options.values():
         if option.owner == config.LIBRARY_OWNER and not everything:
             library.append(option.name)
             continue
@@ -108,6 +110,8 @@ def command_help(name: str, everything: bool = False) -> str:
             owner = option.owner
             lines += ["", f"{owner}:"]
         lines.append(_option_line(option))
+    if "template_name" in options:
+        lines += ["", *textwrap.wrap(f"templates: {', '.join(list_templates())}", 110, subsequent_indent="  ")]
     if library:
         text = f"every field of {config.LIBRARY_OWNER} ({len(library)}): {', '.join(library)}. `--help --all` explains each."
         lines += ["", "Training:", *textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="  ")]
