@@ -1,0 +1,131 @@
+"""The guides are true: every command line in them parses, every flag exists, every example row is of its format."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import textwrap
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from posttrain import cli, config, hf_flags
+from posttrain.data.formats import FORMATS, detect, parse
+
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+NOT_OURS = {"tool-call-parser", "nproc_per_node"}  # flags of vllm and torchrun that the guides show
+TABLES = "## Renamed and refused flags"  # the last section of docs/training.md
+WORDS_OF_EVERY_COMMAND = {"config", "help", "all"}
+
+
+def known_flags() -> set[str]:
+    """Own, library, renamed and refused."""
+    own = {name for command in cli.COMMANDS.values() for name in config.options_of(command.groups, command.training)}
+    return own | set(hf_flags.library_flags()) | set(hf_flags.RENAMED) | set(hf_flags.REFUSED) | WORDS_OF_EVERY_COMMAND
+
+
+def command_lines(text: str) -> list[str]:
+    """`posttrain …` lines of code blocks and of inline code, without prompt, comment and what torchrun adds."""
+    blocks = [line for block in re.findall(r"^```[a-z]*\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
+    inline = re.findall(r"`(posttrain [^`\n]*)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    found = []
+    for line in [*blocks, *inline]:
+        line = re.sub(r"^torchrun .*-m posttrain", "posttrain", line.removeprefix("$ "))
+        if re.match(r"posttrain +[a-z]", line) and not re.match(r"posttrain +[a-z]+:", line):
+            found.append(line)
+    return found
+
+
+def parse_line(line: str) -> None:
+    """As `posttrain` would, except that files need not exist and what a shortened line leaves out may be missing."""
+    name, *words = shlex.split(line, comments=True)[1:]
+    command = cli.COMMANDS[name]
+    if "--help" in words:
+        return
+    options = config.options_of(command.groups, command.training)
+    words = [word for word in words if word != "…"]
+    missing = [o.name for o in options.values() if o.default is config.dataclasses.MISSING and f"--{o.name}" not in words]
+    config.parse(name, command.groups, command.training, [*words, *(w for n in missing for w in (f"--{n}", "x"))])
+
+
+@pytest.mark.parametrize("page", [*READMES, *GUIDES], ids=lambda page: page.name)
+def test_every_command_line_parses(page: Path) -> None:
+    lines = command_lines(page.read_text(encoding="utf-8"))
+    assert lines
+    for line in lines:
+        parse_line(line)
+
+
+def test_a_wrong_command_line_is_noticed() -> None:
+    (line,) = command_lines("```\nposttrain sft --learning_rat 1  # comment\n```\n")
+    with pytest.raises(config.UserError):
+        parse_line(line)
+    assert command_lines("Run `posttrain serve` now.") == ["posttrain serve"]
+    with pytest.raises(KeyError):
+        parse_line("posttrain serve")
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_every_flag_exists(page: Path) -> None:
+    used = set(re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", page.read_text(encoding="utf-8")))
+    assert used - known_flags() - NOT_OURS == set()
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_pages_are_short(page: Path) -> None:
+    written = page.read_text(encoding="utf-8").partition(TABLES)[0]
+    assert len(written.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", [*READMES, *GUIDES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]*)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_example_rows_are_of_their_format() -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (`(\w+)`|… [\w ]+) \| `(\{.*?\})`", text, re.M)
+    name, seen = "", set()
+    for _, named, example in table:
+        name = named or name
+        row = json.loads(example)
+        assert detect(row) == name
+        parse(row, "docs/data.md:1")
+        seen.add(name)
+    assert seen == set(FORMATS)
+
+
+def flag_tables() -> str:
+    """What docs/training.md says about renamed and refused flags, from the tables that the code itself follows."""
+
+    def grouped(pairs: list[tuple[str, str]]) -> list[str]:
+        by_reason = defaultdict(list)
+        for name, reason in pairs:
+            by_reason[reason].append(f"`--{name}`")
+        return [f"| {', '.join(names)} | {reason} |" for reason, names in by_reason.items()]
+
+    renamed = [f"`--{old}` → `--{new}`" + (f" ({why})" if why else "") for old, (new, why) in hf_flags.RENAMED.items() if new]
+    lines = textwrap.wrap(f"Renamed: {', '.join(renamed)}.", 140, break_on_hyphens=False)
+    lines += ["", "| needed no more: a line says so, and the run goes on | why |", "|---|---|"]
+    lines += grouped([(old, why) for old, (new, why) in hf_flags.RENAMED.items() if new is None])
+    lines += ["", "| refused: would do nothing here | why |", "|---|---|"]
+    lines += grouped(list(hf_flags.REFUSED.items()))
+    return "\n".join(lines) + "\n"
+
+
+def test_tables_of_flags_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    shown = page.partition(f"{TABLES}\n\n")[2]
+    assert shown == flag_tables(), f"docs/training.md, last section, must be:\n{flag_tables()}"
+
+
+def test_readmes_show_the_same_blocks_and_sections() -> None:
+    english, chinese = (page.read_text(encoding="utf-8") for page in READMES)
+    assert re.findall(r"^```.*?^```", english, re.M | re.S) == re.findall(r"^```.*?^```", chinese, re.M | re.S)
+    assert len(re.findall(r"^## ", english, re.M)) == len(re.findall(r"^## ", chinese, re.M))
+    assert set(re.findall(r"\]\((docs/[^)]*)\)", english)) == set(re.findall(r"\]\((docs/[^)]*)\)", chinese))
