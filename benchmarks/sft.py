@@ -103,6 +103,7 @@ def run_ours(rows: list[dict[str, Any]], steps: int, dtype: str) -> dict[str, An
     from posttrain.data.pack import collate
     from posttrain.model.adapter import Lora, attach_lora
     from posttrain.model.attention import enable_segments
+    from posttrain.model.fused import fuse
     from posttrain.model.load import load_model, load_tokenizer
     from posttrain.model.logprobs import install_logprobs
     from posttrain.objectives import OBJECTIVES
@@ -113,6 +114,7 @@ def run_ours(rows: list[dict[str, Any]], steps: int, dtype: str) -> dict[str, An
     model = attach_lora(load_model(MODEL, dtype), Lora(rank=8, alpha=16))  # type: ignore[arg-type]
     enable_segments(model)
     install_logprobs(model)
+    fuse(model)
     arguments = TrainingArguments(**common_arguments(steps, min(BATCH_ROWS, len(rows)), dtype), remove_unused_columns=False)
     clock = StepClock()
     data = TrainingData(Groups(rows), None, counted(collate, clock, lambda batch: batch.n_tokens), CPU_FORWARD_TOKENS)

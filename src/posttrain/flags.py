@@ -38,6 +38,9 @@ class ModelFlags:
     padding_free: bool = flag(
         True, "Compute examples as segments of one row without padding, where the model allows it exactly. False: padded batches."
     )
+    fused: bool = flag(
+        True, "On a CPU: compute MLPs, norms and adapters in fewer passes over memory, where that gives the same. No effect elsewhere."
+    )
     forward_tokens: int = flag(
         -1,
         "Most tokens computed at once. A larger micro-batch is cut between examples: same update, less memory. 0: no cut."
