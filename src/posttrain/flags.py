@@ -128,7 +128,7 @@ class RunFlags:
 
     overwrite_output_dir: bool = flag(False, "Start over in an --output_dir that already holds a run. Its files are removed.")
     logging_dir: str | None = flag(None, "Folder of the TensorBoard logs. [default: logs under --output_dir]")
-    audit: bool = flag(True, "After step 1, check that every trainable tensor moved and every frozen one did not.")
+    audit: bool = flag(True, "After step 3, check that every trainable tensor moved and every frozen one did not.")
 
 
 @dataclass(frozen=True)
