@@ -9,6 +9,7 @@ against float32 does not change by it (root mean square 0.053, flash kernel 0.05
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from posttrain.model.segments import Locality, visible_runs
 from posttrain.types import SegmentTable
 
-BLOCK_TOKENS = 128
+BLOCK_TOKENS = 128  # queries of a block, per √thread: threads share a block, and each has a cache of its own
 KEEP_TOKENS = (
     1024  # a block that sees no more keys keeps its probabilities for the backward pass: at most this many numbers per query
 )
@@ -47,12 +48,12 @@ class Plan(NamedTuple):
 def plan_blocks(table: SegmentTable, locality: Locality, dtype: torch.dtype) -> list[Plan]:
     """The blocks of a packed row, for scores of type `dtype`."""
     plans = []
+    size = min(4 * BLOCK_TOKENS, BLOCK_TOKENS // 2 * round(2 * math.sqrt(torch.get_num_threads())))
     with torch.inference_mode(False):  # a mask made in evaluation must serve in training too
         for index, segment in enumerate(table.segments):
             runs = visible_runs(table, index)
             n_queries, n_keys = segment.end - segment.start, sum(end - start for start, end in runs)
-            starts = range(0, n_queries, BLOCK_TOKENS)
-            blocks = [_block(i, min(i + BLOCK_TOKENS, n_queries), n_keys - n_queries, locality, dtype) for i in starts]
+            blocks = [_block(i, min(i + size, n_queries), n_keys - n_queries, locality, dtype) for i in range(0, n_queries, size)]
             plans.append(Plan(segment.start, runs, blocks))
     return plans
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_ROWS = 512
+BLOCK_ROWS = 512  # per thread: threads share a block, and each has a cache of its own
 
 
 class Weights(NamedTuple):
@@ -90,7 +90,7 @@ def _scaled(up: Tensor | None, scaling: float) -> Tensor | None:
 
 def _blocks(n_rows: int, *maps: _Map) -> list[slice]:
     """Rows of a block; more where a whole weight's gradient is summed, which costs a pass over it per block."""
-    size = BLOCK_ROWS * (8 if any(m.sums[0] is not None for m in maps) else 1)
+    size = BLOCK_ROWS * torch.get_num_threads() * (8 if any(m.sums[0] is not None for m in maps) else 1)
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
