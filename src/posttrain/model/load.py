@@ -247,4 +247,6 @@ def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
 
 
 def _first_line(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it comes with Python code of its own, which --trust_remote_code True runs; only if you trust it"
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
