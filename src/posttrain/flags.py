@@ -39,7 +39,8 @@ class ModelFlags:
         True, "Compute examples as segments of one row without padding, where the model allows it exactly. False: padded batches."
     )
     fused: bool = flag(
-        True, "On a CPU: compute MLPs, norms and adapters in fewer passes over memory, where that gives the same. No effect elsewhere."
+        True,
+        "On a CPU: compute MLPs, norms and adapters in fewer passes over memory, where that gives the same. No effect elsewhere.",
     )
     forward_tokens: int = flag(
         -1,

@@ -31,8 +31,8 @@ from posttrain.training import artifacts
 from posttrain.training.audit import GradientAudit
 from posttrain.training.batches import Groups
 from posttrain.training.callbacks import MetricsFile, Progress
-from posttrain.training.resolve import check_steps, resolve, training_arguments
-from posttrain.training.trainer import HELD_OUT_FLAGS, ObjectiveTrainer, TrainingData, use_callbacks
+from posttrain.training.resolve import HELD_OUT_FLAGS, check_steps, resolve, training_arguments
+from posttrain.training.trainer import ObjectiveTrainer, TrainingData, use_callbacks
 from posttrain.types import Stage, UserError
 
 logger = logging.getLogger(__name__)
@@ -64,9 +64,10 @@ def run(config: Config) -> None:
         parents["adapter"] = artifacts.parent(config["peft_path"], config["peft_path"])
     if args.process_index == 0:
         artifacts.write_run(folder, config.command, config.saved(), parents=parents, resumed_from=checkpoint)
-    train_and_evaluate(config, trainer, folder, checkpoint)
-    if args.process_index == 0:
         write_ledger(folder, train, held_out)
+    train_and_evaluate(config, trainer, folder, checkpoint)
+    if args.process_index == 0 and isinstance(train, RowStream):
+        write_ledger(folder, train, held_out)  # it grew while the stream was read
     say(f"run folder: {folder}")
 
 

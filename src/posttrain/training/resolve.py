@@ -28,6 +28,7 @@ GPU_FORWARD_TOKENS = 16384
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_rank")
 NEED_WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
 LOWER_IS_BETTER = ("loss", "nll_nats", "perplexity")
+HELD_OUT_FLAGS = "--validation_file_dir or --validation_split_percentage"
 
 
 def resolve(config: Config) -> Config:
@@ -85,6 +86,16 @@ def _check_data(config: Config) -> None:
         raise UserError(f"posttrain {stage} needs training data: --train_file_dir or --dataset_name")
     if config["validation_file_dir"] and config["validation_split_percentage"]:
         raise UserError("--validation_file_dir and --validation_split_percentage both name the held-out rows: give one")
+    held_out = config["validation_file_dir"] or config["validation_split_percentage"] or config["dataset_name"]
+    idle = {
+        "dataset_config_name": not config["dataset_name"] and "--dataset_name",
+        "dataset_weights": not config["train_file_dir"] and "several datasets in --train_file_dir",
+        "max_eval_samples": not held_out and HELD_OUT_FLAGS,
+        "shuffle_buffer_rows": stage == "pt" and not config["streaming"] and "--streaming True",
+    }
+    for name, needed in idle.items():
+        if needed and config.given(name):
+            raise UserError(f"--{name} does nothing without {needed}")
     workers = config["dataloader_num_workers"]
     if workers < 0:
         raise UserError(f"--dataloader_num_workers {workers}: must be at least 0")
@@ -151,7 +162,12 @@ def _check_library(config: Config, on_cpu: bool) -> None:
 def training_arguments(config: Config) -> TrainingArguments:
     """The library's own settings object. UserError for a combination that it refuses."""
     accepted = set(inspect.signature(TrainingArguments).parameters)
-    chosen: dict[str, Any] = {"remove_unused_columns": False, "logging_nan_inf_filter": False}
+    # Every trainable parameter takes part in every step (the gradient audit checks it), so DDP need not search for idle ones.
+    chosen: dict[str, Any] = {
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "ddp_find_unused_parameters": False,
+    }
     for name in hf_flags.library_flags():
         if name in config.values and (config.values[name].origin != "default" or name in hf_flags.DEFAULTS):
             chosen[name] = config[name]

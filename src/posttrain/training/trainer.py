@@ -19,13 +19,12 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from posttrain.data.pack import split
 from posttrain.data.pack_stream import PackedStream
 from posttrain.training.batches import Batches, EpochLoader, Groups, loader, stream_loader
+from posttrain.training.resolve import HELD_OUT_FLAGS
 from posttrain.training.sums import Sums, averages
 from posttrain.types import Objective, PackedBatch, UserError
 
 SUMS_FILE = "metric_sums.json"
 STREAM_FILE = "stream_{}.json"  # by rank
-
-HELD_OUT_FLAGS = "--validation_file_dir or --validation_split_percentage"
 
 
 @dataclass(frozen=True)
