@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from posttrain.cli import main
 
 CHATS = [
@@ -125,6 +125,15 @@ def test_resume_equals_an_uninterrupted_run(case: str, model_folder: Path, chats
     run(*words, "--output_dir", cut, "--resume_from_checkpoint", "auto")
     assert json.loads((cut / "run.json").read_text())["resumed_from"].endswith("checkpoint-3")
     same_run(whole, cut, "model.safetensors" if case == "sft_full" else "adapter_model.safetensors")
+
+
+def test_an_evaluation_of_the_last_step_is_not_done_twice(model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run("sft", "--model_name_or_path", model_folder, "--train_file_dir", chats, "--validation_split_percentage", 20, "--output_dir",
+        out, "--eval_strategy", "epoch", "--num_train_epochs", 2, "--save_strategy", "no", *COMMON)  # fmt: skip
+    evaluated = [line for line in lines(out / "metrics.jsonl") if "eval_loss" in line]
+    assert [line["epoch"] for line in evaluated] == [1.0, 2.0]
+    assert f"eval_loss = {evaluated[-1]['eval_loss']}" in (out / "eval_results.txt").read_text()
 
 
 def test_peft_path_goes_on_from_weights_only(model_folder: Path, chats: Path, tmp_path: Path) -> None:

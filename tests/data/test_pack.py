@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,7 +72,7 @@ def test_split_is_the_same_batch_in_parts(n_rows: int, max_tokens: int, seed: in
     parts = split(collate(rows), max_tokens)
     assert all(p.n_tokens <= max_tokens or p.n_sequences == 1 for p in parts)
     # Next fit: a part and the first row of the next one do not fit together.
-    for this, following in zip(parts, parts[1:], strict=False):
+    for this, following in itertools.pairwise(parts):
         assert this.n_tokens + following.segments.segments[0].end > max_tokens  # type: ignore[union-attr]
     at = 0
     for part in parts:

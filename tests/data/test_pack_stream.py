@@ -19,7 +19,7 @@ N_ROWS = 37
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     file = tmp_path / "corpus.txt"
-    words = "the quick brown fox jumps over the lazy dog and rests".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "rests"]
     file.write_text("\n".join(" ".join(words[(i + j) % len(words)] for j in range(3 + i % 9)) for i in range(N_ROWS)))
     return file
 

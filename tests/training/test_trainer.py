@@ -26,7 +26,9 @@ from posttrain.types import UserError
 ROWS = random_rows(24)
 
 
-def make_trainer(folder: Path, lora: bool = True, padded: bool = False, groups: Any = None, forward: int = 0, **changes: Any) -> ObjectiveTrainer:
+def make_trainer(
+    folder: Path, lora: bool = True, padded: bool = False, groups: Any = None, forward: int = 0, **changes: Any
+) -> ObjectiveTrainer:
     model = tiny_llama()
     if lora:
         torch.manual_seed(1)

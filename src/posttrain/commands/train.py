@@ -191,6 +191,6 @@ def train_and_evaluate(config: Config, trainer: ObjectiveTrainer, folder: Path, 
         if trainer.args.process_index == 0:
             artifacts.write_results(folder, "train", trainer.state.log_history[-1])
     if config["do_eval"] and trainer.data.held_out is not None:
-        metrics = trainer.evaluate()
+        metrics = trainer.evaluated_now() or trainer.evaluate()
         if trainer.args.process_index == 0:
             artifacts.write_results(folder, "eval", metrics)

@@ -40,8 +40,8 @@ def n_vocabulary(head: nn.Module) -> int:
 
 
 def chunk_tokens(n_logits: int, device: torch.device) -> int:
-    """Tokens whose logits are alive at a time."""
-    return max(16, (CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES) // (4 * n_logits))
+    """Tokens whose logits are alive at a time; not so few that the products only wait for the weight."""
+    return max(96, (CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES) // (4 * n_logits))
 
 
 def select_logprobs(logits_NV: Tensor, targets_N: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:

@@ -235,6 +235,13 @@ class ObjectiveTrainer(Trainer):
         self._off_the_clock(began)
         return logs
 
+    def evaluated_now(self) -> dict[str, float] | None:
+        """The metrics of these very weights, where the last evaluation was after the last step."""
+        if not self.state.global_step or self.args.load_best_model_at_end:
+            return None
+        found = [log for log in self.state.log_history if "eval_loss" in log and log["step"] == self.state.global_step]
+        return found[-1] if found else None
+
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
