@@ -90,14 +90,21 @@ class References:
     merged: Tensor
 
 
-def certify(folder: Path, names: tuple[str, str, str], tokenizer: Any, ids: list[Tensor], references: References) -> Certificate:
+def certify(
+    folder: Path,
+    names: tuple[str, str, str],
+    tokenizer: Any,
+    ids: list[Tensor],
+    references: References,
+    trust_remote_code: bool = False,
+) -> Certificate:
     """Read the folder back as any user of transformers would and compare.
 
     `names`: base, adapter and the written type. `ids`: the texts' token ids, each (1, T). `references`: what it must equal.
     """
     base, adapter, dtype = names
-    again = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
     expected, actual = references.expected, logits(model, ids)
     kl = kl_nats(expected, actual)
     head = model.get_output_embeddings()

@@ -72,7 +72,7 @@ def merge_adapter(
         tokenizer.save_pretrained(work)
         del model, adapted, merged  # the reading back needs the memory
         gc.collect()
-        certificate = certify(Path(work), (base, adapter, written), tokenizer, ids, references)
+        certificate = certify(Path(work), (base, adapter, written), tokenizer, ids, references, write.trust_remote_code)
         if not certificate.ok:
             raise RuntimeError(f"the merged model is not base + adapter; nothing was written\n{certificate}")
         content = {**asdict(certificate), "adapter_kept": certificate.kept, "ok": certificate.ok}
