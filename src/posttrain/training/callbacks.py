@@ -26,7 +26,11 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not self.file.is_file():
             return
         lines = self.file.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if state.global_step and json.loads(line)["step"] <= state.global_step]
+        rows = [(line, json.loads(line)) for line in lines]
+        # The summary of a finished run is written again.
+        kept = [
+            line for line, row in rows if state.global_step and row["step"] <= state.global_step and "train_runtime" not in row
+        ]
         self.file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

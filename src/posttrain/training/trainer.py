@@ -123,6 +123,8 @@ class ObjectiveTrainer(Trainer):
         self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
     ) -> tuple[list[PackedBatch], Tensor]:
         """The micro-batches of one optimizer step and their weight over all ranks."""
+        if self.state.global_step >= self.state.max_steps:
+            num_batches = 0  # a finished run that is resumed; the library would take a step more
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         weights = [self.objective.weight(batch).to(device) for batch in batches]
         return batches, self._sum_over_ranks(torch.stack(weights).sum() if weights else torch.zeros((), device=device))
