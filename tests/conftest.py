@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.register_assert_rewrite(*(file.stem for file in Path(__file__).parent.glob("flag_probes*.py")))
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 

@@ -1,0 +1,274 @@
+"""Probes of convert, merge, generate and chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flag_probes import PROBES, Lab, Run, probe
+
+# --- convert --------------------------------------------------------------------------------------------------------------
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@probe("convert", "in_file")
+def in_file(lab: Lab) -> None:
+    assert [len(rows(lab.good("convert", in_file=file).folder)) for file in (lab.chats, lab.other_chats)] == [17, 9]
+
+
+@probe("convert", "out_file")
+def out_file(lab: Lab) -> None:
+    target = lab.path("elsewhere.jsonl")
+    lab.good("convert", out_file=target)
+    assert len(rows(target)) == 17
+
+
+@probe("convert", "data_type")
+def data_type(lab: Lab) -> None:
+    file = lab.jsonl("both.jsonl", [{"instruction": "name a fox", "output": "red", "question": "a dog?", "answer": "grey"}])
+    asked = [rows(lab.good("convert", in_file=file, data_type=name).folder)[0] for name in ("alpaca", "qa", "json2jsonl")]
+    assert [row.get("conversations", [{}])[0].get("value") for row in asked] == ["name a fox", "a dog?", None]
+    assert asked[2]["question"] == "a dog?"
+
+
+@probe("convert", "file_type")
+def file_type(lab: Lab) -> None:
+    file = lab.path("table.txt")
+    file.write_text("question,answer\na dog?,grey\na fox?,red\n")
+    as_text = rows(lab.good("convert", in_file=file).folder)
+    as_table = rows(lab.good("convert", in_file=file, file_type="csv").folder)
+    assert as_text[1] == {"text": "a dog?,grey"}
+    assert as_table[0]["conversations"][0]["value"] == "a dog?"
+
+
+@probe("convert", "bad_rows")
+def convert_bad_rows(lab: Lab) -> None:
+    assert len(rows(lab.good("convert", in_file=lab.bad).folder)) == 8
+    assert "bad.jsonl:6:" in lab.fails("convert", in_file=lab.bad, bad_rows="error")
+
+
+# --- merge ----------------------------------------------------------------------------------------------------------------
+
+
+def merged(run: Run) -> dict[str, torch.Tensor]:
+    """All tensors of the merged model."""
+    return {name: tensor for file in run.folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two models have the same weights."""
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@probe("merge", "base_model", "output_dir")
+def merge_base_model(lab: Lab) -> None:
+    run = lab.good("merge", output_dir=lab.path("here"))
+    assert run.folder.name.endswith("here")
+    assert not same(merged(run), load_file(lab.model / "model.safetensors"))
+    assert "another base" in lab.fails("merge", base_model=lab.other_model)
+
+
+@probe("merge", "lora_model")
+def merge_lora_model(lab: Lab) -> None:
+    assert not same(merged(lab.good("merge")), merged(lab.good("merge", lora_model=lab.sft().folder)))
+
+
+@probe("merge", "tokenizer_path")
+def merge_tokenizer_path(lab: Lab) -> None:
+    runs = [lab.good("merge"), lab.good("merge", tokenizer_path=lab.other_model)]
+    assert ["!" in (run.folder / "chat_template.jinja").read_text() for run in runs] == [False, True]
+
+
+@probe("merge", "resize_emb")
+def merge_resize_emb(lab: Lab) -> None:
+    from transformers import AutoTokenizer
+
+    grown = lab.path("grown-tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(lab.model)
+    tokenizer.add_tokens(["<a>", "<b>"], special_tokens=True)
+    tokenizer.save_pretrained(grown)
+    assert "--resize_emb" in lab.fails("merge", tokenizer_path=grown)
+    run = lab.good("merge", tokenizer_path=grown, resize_emb=True)
+    assert merged(run)["model.embed_tokens.weight"].shape[0] == len(tokenizer)
+
+
+@probe("merge", "dtype")
+def merge_dtype(lab: Lab) -> None:
+    for name, expected in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        assert {tensor.dtype for tensor in merged(lab.good("merge", dtype=name)).values()} == {expected}
+
+
+@probe("merge", "max_shard_size")
+def merge_max_shard_size(lab: Lab) -> None:
+    counts = [len(list(lab.good("merge", max_shard_size=size).folder.glob("*.safetensors"))) for size in ("5GB", "60KB")]
+    assert counts[0] == 1 < counts[1]
+
+
+@probe("merge", "overwrite_output_dir")
+def merge_overwrite_output_dir(lab: Lab) -> None:
+    folder = lab.good("merge").folder
+    before = merged(lab.good("merge", output_dir=folder, overwrite_output_dir=True, lora_model=lab.sft().folder))
+    assert "is not empty" in lab.fails("merge", output_dir=folder)
+    after = merged(lab.good("merge", output_dir=folder, overwrite_output_dir=True))
+    assert not same(before, after)
+
+
+# --- generate and chat ----------------------------------------------------------------------------------------------------
+
+
+def answers(lab: Lab, command: str, **flags: Any) -> list[str]:
+    """What the model says to three questions; of a chat, all that was printed."""
+    if command == "generate":
+        return [row["output"] for row in rows(lab.good("generate", **flags).folder)]
+    return [lab.good("chat", stdin="what is 0?\n/clear\nwhat is 1?\n/clear\nwhat is 2?\n", **flags).out]
+
+
+def prompt_tokens(lab: Lab, command: str, **flags: Any) -> list[list[int]]:
+    """The ids of the prompts that the model is given."""
+    from posttrain.commands import chat, generate
+
+    module, seen = {"chat": chat, "generate": generate}[command], list[list[int]]()
+    answer = module.answer
+
+    def spy(answerer: Any, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        seen.extend(prompts)
+        return answer(answerer, prompts, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "answer", spy)
+        answers(lab, command, **flags)
+    return seen
+
+
+def base_model(lab: Lab, command: str) -> None:
+    assert answers(lab, command) != answers(lab, command, base_model=lab.merged)
+
+
+def lora_model(lab: Lab, command: str) -> None:
+    assert answers(lab, command) != answers(lab, command, lora_model=lab.adapter)
+
+
+def tokenizer_path(lab: Lab, command: str) -> None:
+    one, other = (max(map(len, prompt_tokens(lab, command, tokenizer_path=path))) for path in (None, lab.other_model))
+    assert other > one  # by the '!' of its template
+
+
+def template_name(lab: Lab, command: str) -> None:
+    assert prompt_tokens(lab, command) != prompt_tokens(lab, command, template_name="alpaca")
+
+
+def system_prompt(lab: Lab, command: str) -> None:
+    one, other = (prompt_tokens(lab, command, system_prompt=text) for text in (None, "be brief"))
+    assert all(len(b) > len(a) for a, b in zip(one, other, strict=True))
+
+
+def dtype(lab: Lab, command: str) -> None:
+    from posttrain.commands import inference
+
+    types: list[torch.dtype] = []
+    load = inference.load_model
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        types.append(model.dtype)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "load_model", spy)
+        for name in ("float32", "bfloat16"):
+            answers(lab, command, dtype=name)
+    assert types == [torch.float32, torch.bfloat16]
+
+
+def trust_remote_code(lab: Lab, command: str) -> None:
+    assert "--trust_remote_code" in lab.fails(command, base_model=lab.coded_model)
+    assert answers(lab, command, base_model=lab.coded_model, trust_remote_code=True) == answers(lab, command)
+
+
+def max_new_tokens(lab: Lab, command: str) -> None:
+    short, long = (sum(map(len, answers(lab, command, max_new_tokens=n))) for n in (1, 12))
+    assert short < long
+
+
+def temperature(lab: Lab, command: str) -> None:
+    assert answers(lab, command) != answers(lab, command, temperature=2)
+
+
+def top_p(lab: Lab, command: str) -> None:
+    hot = {"temperature": 2, "top_k": 0}
+    assert answers(lab, command, **hot, top_p=1e-6) == answers(lab, command)
+    assert answers(lab, command, **hot, top_p=1.0) != answers(lab, command)
+
+
+def top_k(lab: Lab, command: str) -> None:
+    hot = {"temperature": 2, "top_p": 1.0}
+    assert answers(lab, command, **hot, top_k=1) == answers(lab, command)
+    assert answers(lab, command, **hot, top_k=0) != answers(lab, command)
+
+
+def repetition_penalty(lab: Lab, command: str) -> None:
+    assert answers(lab, command) != answers(lab, command, repetition_penalty=5.0)
+
+
+def seed(lab: Lab, command: str) -> None:
+    one, again, other = (answers(lab, command, temperature=2, seed=n) for n in (1, 1, 2))
+    assert one == again != other
+
+
+def _for(command: str, check: Callable[[Lab, str], None]) -> Callable[[Lab], None]:
+    return lambda lab: check(lab, command)
+
+
+for _check in (
+    base_model, lora_model, tokenizer_path, template_name, system_prompt, dtype, trust_remote_code, max_new_tokens, temperature,
+    top_p, top_k, repetition_penalty, seed,
+):  # fmt: skip
+    for _command in ("generate", "chat"):
+        PROBES[_command, _check.__name__] = _for(_command, _check)
+
+
+@probe("merge", "trust_remote_code")
+def merge_trust_remote_code(lab: Lab) -> None:
+    assert "--trust_remote_code" in lab.fails("merge", base_model=lab.coded_model)
+    assert same(merged(lab.good("merge", base_model=lab.coded_model, trust_remote_code=True)), merged(lab.good("merge")))
+
+
+@probe("generate", "data_file")
+def data_file(lab: Lab) -> None:
+    file = lab.jsonl("one.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
+    assert [len(answers(lab, "generate", **data)) for data in ({}, {"data_file": file})] == [3, 1]
+
+
+@probe("generate", "output_file")
+def output_file(lab: Lab) -> None:
+    target = lab.path("elsewhere.jsonl")
+    lab.good("generate", output_file=target)
+    assert len(rows(target)) == 3
+
+
+@probe("generate", "batch_size")
+def batch_size(lab: Lab) -> None:
+    from posttrain.commands import generate
+
+    sizes: list[int] = []
+    answer = generate.answer
+
+    def spy(answerer: Any, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(prompts))
+        return answer(answerer, prompts, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "answer", spy)
+        for n in (2, 3):
+            lab.good("generate", batch_size=n)
+    assert sizes == [2, 1, 3]
