@@ -161,10 +161,12 @@ def _canonical(options: Mapping[str, Option], name: str, where: str, notes: list
         return name
     if name in hf_flags.RENAMED:
         new, why = hf_flags.RENAMED[name]
-        if new is None:
+        while new is not None and new not in options and new in hf_flags.RENAMED:
+            new, why = hf_flags.RENAMED[new]
+        if new is None and _is_taken(name, options):
             notes.append(f"{where} is not needed: {why}")
             return None
-        if new in options:
+        if new is not None and new in options:
             notes.append(f"{where} is now --{new}" + (f" ({why})" if why else ""))
             return new
     if name in hf_flags.REFUSED and "output_dir" in options:
@@ -173,6 +175,12 @@ def _canonical(options: Mapping[str, Option], name: str, where: str, notes: list
     near = difflib.get_close_matches(name, [*options, *old], n=1, cutoff=0.5)
     hint = f"did you mean --{near[0]}?" if near else "see --help for the flags of this command"
     raise UserError(f"{where} is unknown: {hint}")
+
+
+def _is_taken(word: str, options: Mapping[str, Option]) -> bool:
+    """Whether an old word that is needed no more was one of this command's."""
+    of_models = not {"model_name_or_path", "base_model"}.isdisjoint(options)
+    return "learning_rate" in options or (of_models and word in hf_flags.ABOUT_MODELS)
 
 
 def _read_value(option: Option, texts: Sequence[str], where: str) -> Any:

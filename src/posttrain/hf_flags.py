@@ -26,7 +26,8 @@ class LibraryFlag:
     help: str
 
 
-# Old word -> (new word or None, what is said). A None says that nothing is needed any more.
+# Old word -> (new word or None, what is said). A None says that nothing is needed any more. A word is looked up here only where
+# the command does not have it, and a new word that the command does not have either is looked up in turn.
 RENAMED: dict[str, tuple[str | None, str]] = {
     "evaluation_strategy": ("eval_strategy", ""),
     "warmup_ratio": ("warmup_steps", "a value below 1 is a share of all steps"),
@@ -37,6 +38,7 @@ RENAMED: dict[str, tuple[str | None, str]] = {
     "model_name": ("model_name_or_path", ""),
     "max_seq_length": ("model_max_length", ""),
     "cutoff_len": ("model_max_length", ""),
+    "model_max_length": ("block_size", "in pt, whose rows are pieces of documents"),
     "lora_r": ("lora_rank", ""),
     "lora_target": ("target_modules", ""),
     "activation_checkpointing": ("gradient_checkpointing", ""),
@@ -44,7 +46,8 @@ RENAMED: dict[str, tuple[str | None, str]] = {
     "group_by_length": (None, "rows carry no padding here, so grouping by length has nothing to save"),
     "train_sampling_strategy": (None, "rows carry no padding here; the order is a seeded shuffle"),
     "length_column_name": (None, "rows carry no padding here"),
-    "device_map": (None, "the trainer places the model; several GPUs are used through torchrun"),
+    "model_type": (None, "outside training it is read from the model's config"),
+    "device_map": (None, "models are placed by themselves; training uses several GPUs through torchrun"),
     "use_fast_tokenizer": (None, "transformers 5 has one tokenizer per model and picks it"),
     "ignore_pad_token_for_loss": (None, "padding is never trained on"),
     "keep_linebreaks": (None, "line breaks inside a document are kept"),
@@ -54,6 +57,9 @@ RENAMED: dict[str, tuple[str | None, str]] = {
     "jit_mode_eval": (None, "removed from transformers"),
     "use_ipex": (None, "removed from transformers"),
 }
+
+# Words of RENAMED that lead nowhere and are said of a model, not of training: any command that loads one takes them.
+ABOUT_MODELS = {"model_type", "device_map", "use_fast_tokenizer"}
 
 _OWN_LOSS = "the loss here is a sum over target log-probs divided once by the step's weight"
 _EVAL_TYPE = "evaluation computes in the types of training: see --bf16 and --dtype"
