@@ -43,6 +43,8 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit code 0, or 2 with one line on standard error for a user's mistake."""
+    # OpenMP threads that spin while they wait starve each other on a machine with other work: ten times slower was seen.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(words)
