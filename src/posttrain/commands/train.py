@@ -64,7 +64,8 @@ def run(config: Config) -> None:
         parents["adapter"] = artifacts.parent(config["peft_path"], config["peft_path"])
     if args.process_index == 0:
         artifacts.write_run(folder, config.command, config.saved(), parents=parents, resumed_from=checkpoint)
-        write_ledger(folder, train, held_out)
+        if isinstance(train, LoadedRows):
+            write_ledger(folder, train, held_out)
     train_and_evaluate(config, trainer, folder, checkpoint)
     if args.process_index == 0 and isinstance(train, RowStream):
         write_ledger(folder, train, held_out)  # it grew while the stream was read
