@@ -86,13 +86,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with a preferred and a dispreferred answer."""
+    """A prompt with a preferred and a dispreferred answer. `margin`: by how much the reward should differ at least (RM)."""
 
     prompt: tuple[Message, ...]
     chosen: Message
     rejected: Message
     source: str
     tools: tuple[dict[str, Any], ...] = ()
+    margin: float = 0.0
 
 
 Example = Text | Chat | Prompt | Pair
@@ -122,6 +123,11 @@ class SegmentTable:
             parent = self.segments[parent].parent
         return chain[::-1]
 
+    def leaves(self) -> list[int]:
+        """The segments that nothing continues: each ends one sequence, in order (a document, a chat, one branch of a pair)."""
+        parents = {segment.parent for segment in self.segments}
+        return [index for index in range(len(self.segments)) if index not in parents]
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -131,12 +137,13 @@ class PackedBatch:
     position_ids_BT: Tensor  # restart at every root segment; a branch goes on where its parent ends
     predict_N: Tensor  # flat index into B·T of the position whose output predicts target n
     targets_N: Tensor  # the token to be predicted
-    sequence_N: Tensor  # the sequence (0 … n_sequences - 1) that target n belongs to
+    sequence_N: Tensor  # the sequence (0 … n_sequences - 1) that target n belongs to, ascending
     n_sequences: int
     n_tokens: int  # real tokens, padding not counted
     segments: SegmentTable | None = None
     attention_mask_BT: Tensor | None = None  # 1 = real token; only when padded
-    extras: dict[str, Tensor] = field(default_factory=dict)  # per-stage columns, e.g. reference log-probs
+    # Per-stage columns. Their names end in their axis: _N (targets), _S (sequences) or _P (pairs: sequences 2p, 2p + 1).
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`."""
@@ -156,6 +163,16 @@ class PackedBatch:
                 pinned[f.name] = value.pin_memory()
         return dataclasses.replace(self, **pinned)
 
+    def last_S(self) -> Tensor:
+        """Flat index into B·T of the last token of every sequence."""
+        if self.segments is not None:
+            ends = [self.segments.segments[leaf].end - 1 for leaf in self.segments.leaves()]
+            return self.input_ids_BT.new_tensor(ends)
+        assert self.attention_mask_BT is not None
+        n_rows, longest = self.input_ids_BT.shape
+        starts = self.input_ids_BT.new_tensor([row * longest for row in range(n_rows)])
+        return starts + self.attention_mask_BT.sum(1) - 1
+
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward that describe the rows."""
         inputs: dict[str, Any] = {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT, "use_cache": False}
@@ -171,7 +188,8 @@ class Loss:
     """What an objective returns: sums, so that the update does not depend on how a step is cut into micro-batches and ranks."""
 
     total: Tensor  # scalar SUM over the micro-batch; the trainer divides by the weight of the whole optimizer step
-    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count), detached
+    # name -> (sum, count), detached. A name that begins with _ is for `Objective.derived` only and is not reported itself.
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -183,4 +201,8 @@ class Objective(Protocol):
 
     def __call__(self, model: nn.Module, batch: PackedBatch) -> Loss:
         """The loss of one micro-batch."""
+        ...
+
+    def derived(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
+        """Metrics of an evaluation that are not averages, from the (sum, count) of all its micro-batches: perplexity, say."""
         ...

@@ -62,7 +62,17 @@ def read_pair(row: Row, source: str, read_prompt: Callable[[], list[Turn]] | Non
     if _same(chosen[0][1], rejected[0][1]):
         fail(source, rejected_key, "chosen and rejected are equal: nothing to prefer")
     messages = tuple(message for _, message in prompt)
-    return Pair(messages, chosen[0][1], rejected[0][1], source, read_tools(row, source))
+    return Pair(messages, chosen[0][1], rejected[0][1], source, read_tools(row, source), _read_margin(row, source))
+
+
+def _read_margin(row: Row, source: str) -> float:
+    """How much better the chosen answer is at least, in units of reward; 0 where the row does not say."""
+    margin = row.get("margin")
+    if margin is None:
+        return 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < float("inf"):
+        fail(source, "margin", f"expected a number of at least 0, not {margin!r}")
+    return float(margin)
 
 
 def _read_answer(value: object, source: str, field: str) -> list[Turn]:

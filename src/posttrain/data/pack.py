@@ -5,6 +5,7 @@ A row, here, is what `tokenize.py` makes of an example: {"input_ids", "trained" 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -100,9 +101,9 @@ def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
     """Cut a packed batch into parts of at most `max_tokens` where a root segment begins; one that is longer stays whole.
 
     The parts hold the same segments and targets, so the sums over them are those of the batch: the same update from less memory.
-    A padded batch, and one with per-sequence extras, comes back as it is.
+    A padded batch comes back as it is.
     """
-    if batch.segments is None or batch.n_tokens <= max_tokens or batch.extras:
+    if batch.segments is None or batch.n_tokens <= max_tokens:
         return [batch]
     segments = batch.segments.segments
     roots = [i for i, segment in enumerate(segments) if segment.parent is None]
@@ -112,16 +113,18 @@ def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
         if end - segments[cuts[-1]].start > max_tokens and root > cuts[-1]:
             cuts.append(root)
     bounds = list(zip(cuts, [*cuts[1:], len(segments)], strict=True))
-    return [_part(batch, first, last) for first, last in bounds]
+    leaves = batch.segments.leaves()
+    return [_part(batch, bound, (bisect_left(leaves, bound[0]), bisect_left(leaves, bound[1]))) for bound in bounds]
 
 
-def _part(batch: PackedBatch, first: int, last: int) -> PackedBatch:
-    """Segments [first, last) of a packed batch as a batch of their own."""
+def _part(batch: PackedBatch, bound: tuple[int, int], sequences: tuple[int, int]) -> PackedBatch:
+    """Segments [first, last) of a packed batch, which hold the sequences [first, last), as a batch of their own."""
     assert batch.segments is not None
     segments = batch.segments.segments
+    first, last = bound
     start, end = segments[first].start, segments[last - 1].end
-    # Targets come in the order of their positions, and so do their sequences.
-    low, high = (int(torch.searchsorted(batch.predict_N, bound)) for bound in (start, end))
+    low, high = (int(torch.searchsorted(batch.sequence_N, sequence)) for sequence in sequences)
+    spans = {"N": (low, high), "S": sequences, "P": (sequences[0] // 2, sequences[1] // 2)}
     moved = tuple(
         Segment(s.start - start, s.end - start, None if s.parent is None else s.parent - first) for s in segments[first:last]
     )
@@ -130,8 +133,9 @@ def _part(batch: PackedBatch, first: int, last: int) -> PackedBatch:
         position_ids_BT=batch.position_ids_BT[:, start:end],
         predict_N=batch.predict_N[low:high] - start,
         targets_N=batch.targets_N[low:high],
-        sequence_N=batch.sequence_N[low:high] - first,
-        n_sequences=last - first,
+        sequence_N=batch.sequence_N[low:high] - sequences[0],
+        n_sequences=sequences[1] - sequences[0],
         n_tokens=end - start,
         segments=SegmentTable(moved),
+        extras={name: column[slice(*spans[name[-1]])] for name, column in batch.extras.items()},
     )

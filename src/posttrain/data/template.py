@@ -22,13 +22,14 @@ from jinja2 import TemplateSyntaxError
 from posttrain.data.chat_render import RENDER_ERRORS, find_stops, message_dicts, render, set_stop_tokens, stop_token_ids
 from posttrain.data.chat_tokens import continuation_ids, text_ids, tokenise
 from posttrain.data.template_files import DEFAULT, Template, label, list_templates, load_template
-from posttrain.types import Chat, Message, Prompt, RowError, UserError
+from posttrain.types import Chat, Message, Pair, Prompt, RowError, UserError
 
 __all__ = [
     "Encoded",
     "Template",
     "apply_template",
     "encode_chat",
+    "encode_pair",
     "encode_prompt",
     "list_templates",
     "load_template",
@@ -126,6 +127,26 @@ def encode_chat(tokenizer: Any, chat: Chat) -> list[Encoded]:
     cut = tokenise(tokenizer, spoken)
     rows = [_row(tokenizer, cut, prompt, answer) for prompt, answer in spoken]
     return _one_row(spoken, rows, set(stop_token_ids(tokenizer))) or rows
+
+
+def encode_pair(tokenizer: Any, pair: Pair) -> tuple[list[int], list[int], list[int]]:
+    """(prompt, chosen, rejected): the ids that generation sees, and those of either answer through its stop token.
+
+    Raises RowError as `encode_chat` does, its field `chosen` or `rejected` where an answer is at fault.
+    """
+    head: list[int] = []
+    answers: dict[str, list[int]] = {}
+    for name, message in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        chat = Chat((*pair.prompt, message), pair.source, pair.tools)
+        dicts, i = message_dicts(chat.messages), len(pair.prompt)
+        prompt = _prompt_text(tokenizer, chat, dicts, i)
+        try:
+            answer = _answer_text(tokenizer, chat, dicts, i, prompt)
+        except RowError as error:
+            raise RowError(pair.source, name, error.reason) from error
+        row = _row(tokenizer, tokenise(tokenizer, [(prompt, answer)]), prompt, answer)
+        head, answers[name] = row.input_ids[: row.turns[0][0]], row.input_ids[row.turns[0][0] :]
+    return head, answers["chosen"], answers["rejected"]
 
 
 def _row(tokenizer: Any, cut: Callable[[str], list[int]], prompt: str, answer: str) -> Encoded:

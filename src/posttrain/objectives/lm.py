@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -29,3 +31,8 @@ class LanguageModel:
             return Loss(nll, metrics)
         metrics["router_loss"] = (output.router_loss.detach() * count, count)
         return Loss(nll + output.router_loss * count, metrics)
+
+    def derived(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
+        """perplexity = exp(mean negative log-prob)."""
+        total, count = totals["nll_nats"]
+        return {"perplexity": math.exp(min(total / max(count, 1), 700.0))}

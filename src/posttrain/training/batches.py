@@ -60,7 +60,8 @@ class Groups(Dataset[list[dict[str, Any]]]):
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         if index == FILLER:
             row = dict(self.rows[0])
-            return [{**row, "trained": [0] * len(row["input_ids"])}]
+            # Nothing trained in a row of tokens, no weight for a pair.
+            return [{**row, "trained": [0] * len(row["input_ids"])} if "input_ids" in row else {**row, "weight": 0}]
         if self.groups is None:
             return [self.rows[index]]
         return [self.rows[i] for i in self.groups[index]]

@@ -43,5 +43,5 @@ class Sums:
 
 
 def averages(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """sum / count of each metric; those without a count are left out."""
-    return {name: total / count for name, (total, count) in totals.items() if count > 0}
+    """sum / count of each metric; those without a count, and those only others are derived from (_…), are left out."""
+    return {name: total / count for name, (total, count) in totals.items() if count > 0 and not name.startswith("_")}

@@ -210,7 +210,7 @@ class ObjectiveTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Exact averages over the held-out rows, whatever the batch size and the number of ranks; perplexity = exp(nll)."""
+        """Exact averages over the held-out rows, whatever the batch size and the number of ranks, and what the objective derives."""
         began = time.monotonic()
         sums = Sums(self._sum_over_ranks)
         model = self.model_wrapped
@@ -224,9 +224,8 @@ class ObjectiveTrainer(Trainer):
             for name, (total, count) in loss.metrics.items():
                 sums.add(name, total, count)
         model.train(was_training)
-        metrics = averages(sums.totals())
-        if "nll_nats" in metrics:
-            metrics["perplexity"] = math.exp(min(metrics["nll_nats"], 700.0))
+        totals = sums.totals()
+        metrics = averages(totals) | self.objective.derived(totals)
         metrics["runtime_seconds"] = time.monotonic() - began
         best = self.args.metric_for_best_model
         if best and best.removeprefix("eval_") not in metrics:
