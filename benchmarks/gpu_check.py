@@ -21,7 +21,7 @@ from posttrain.data.pack import collate, collate_padded
 from posttrain.model.adapter import Lora, attach_lora
 from posttrain.model.attention import enable_segments
 from posttrain.model.logprobs import install_logprobs
-from posttrain.objectives import OBJECTIVES
+from posttrain.objectives.lm import LanguageModel
 
 DRY = os.environ.get("POSTTRAIN_GPU_CHECK") == "dry"
 DEVICE = torch.device("cpu" if DRY else "cuda")
@@ -107,7 +107,7 @@ def throughput(ours: bool, rows: list[dict[str, Any]], shape: dict[str, Any]) ->
         enable_segments(model)
         install_logprobs(model)
         batch = collate(rows).to(DEVICE)
-        weight = OBJECTIVES["sft"].weight(batch)
+        weight = LanguageModel().weight(batch)
     else:
         padded = collate_padded(rows).to(DEVICE)
         labels = torch.full_like(padded.input_ids_BT, -100)
@@ -116,7 +116,7 @@ def throughput(ours: bool, rows: list[dict[str, Any]], shape: dict[str, Any]) ->
     def step() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16):
             if ours:
-                loss = OBJECTIVES["sft"](model, batch).total / weight
+                loss = LanguageModel()(model, batch).total / weight
             else:
                 loss = model(input_ids=padded.input_ids_BT, attention_mask=padded.attention_mask_BT, labels=labels).loss
         loss.backward()

@@ -106,7 +106,7 @@ def run_ours(rows: list[dict[str, Any]], steps: int, dtype: str) -> dict[str, An
     from posttrain.model.fused import fuse
     from posttrain.model.load import load_model, load_tokenizer
     from posttrain.model.logprobs import install_logprobs
-    from posttrain.objectives import OBJECTIVES
+    from posttrain.objectives.lm import LanguageModel
     from posttrain.training.batches import Groups
     from posttrain.training.resolve import CPU_FORWARD_TOKENS
     from posttrain.training.trainer import ObjectiveTrainer, TrainingData, use_callbacks
@@ -118,7 +118,7 @@ def run_ours(rows: list[dict[str, Any]], steps: int, dtype: str) -> dict[str, An
     arguments = TrainingArguments(**common_arguments(steps, min(BATCH_ROWS, len(rows)), dtype), remove_unused_columns=False)
     clock = StepClock()
     data = TrainingData(Groups(rows), None, counted(collate, clock, lambda batch: batch.n_tokens), CPU_FORWARD_TOKENS)
-    trainer = ObjectiveTrainer(model, arguments, data, OBJECTIVES["sft"], load_tokenizer(MODEL))
+    trainer = ObjectiveTrainer(model, arguments, data, LanguageModel(), load_tokenizer(MODEL))
     use_callbacks(trainer, [clock_callback(clock)])
     trainer.train()
     return summary(clock, trainer)
@@ -205,7 +205,10 @@ def flops_per_token(rows: list[dict[str, Any]]) -> float:
 def run_contender(name: str, rows_file: str, steps: int, dtype: str) -> dict[str, Any]:
     """One contender in a process of its own; its result is the last line it prints."""
     words = [sys.executable, __file__, "--contender", name, "--rows_file", rows_file, "--steps", str(steps), "--dtype", dtype]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    if name == "ours":
+        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it; TRL keeps its own (faster alone) default
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
