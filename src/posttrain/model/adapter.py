@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.model import lora_forward
+from posttrain.model.reward import HEAD, has_score_head, score_head
 from posttrain.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,10 @@ class Lora:
 
 
 def attach_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
-    """Freeze the model and add a trainable adapter. Raises UserError for names that the model does not have."""
+    """Freeze the model and add a trainable adapter; a reward model's head is trained whole beside it.
+
+    Raises UserError for names that the model does not have.
+    """
     modules, parameters = _targets(model, lora.target_modules)
     saved = _names(lora.modules_to_save)
     _check_names("--modules_to_save", saved, {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
@@ -53,7 +57,8 @@ def attach_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        # With SEQ_CLS peft trains the head and saves it with the adapter, and its own classes load both.
+        task_type=TaskType.SEQ_CLS if has_score_head(model) else TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -77,6 +82,7 @@ def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = True) -
     settings = read_adapter_config(path)
     if not any((Path(path) / file).is_file() for file in ("adapter_model.safetensors", "adapter_model.bin")):
         raise UserError(f"{path}: no adapter_model.safetensors (or .bin) in it")
+    _check_head(model, settings, path)
     expected = (settings.get("auto_mapping") or {}).get(FINGERPRINT)
     actual = base_fingerprint(model)
     if expected and actual and expected != actual:
@@ -106,15 +112,16 @@ def read_adapter_config(path: str) -> dict[str, Any]:
 def base_fingerprint(model: PreTrainedModel) -> str | None:
     """A hash of the base's names, shapes and 64 values of each weight; None where the weights are not at hand (quantised, sharded).
 
-    Values are hashed as bfloat16, so that a base read in float32 and in bfloat16 is the same base. Embedding and output head are
-    left out: a grown vocabulary does not make another base.
+    Values are hashed as bfloat16, so that a base read in float32 and in bfloat16 is the same base. Embedding and heads are left
+    out: a grown vocabulary does not make another base, and a causal model and the reward model made from it are one.
     """
-    embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    score = score_head(model) if has_score_head(model) else None
+    left_out = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings(), score) if m is not None}
     if getattr(model, "is_quantized", False):
         return None
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if id(parameter) in embeddings:
+        if id(parameter) in left_out:
             continue
         flat = parameter.detach().reshape(-1)
         if flat.numel() == 0 or flat.is_meta:
@@ -186,18 +193,32 @@ def _check_names(flag: str, names: list[str], known: set[str], shown: set[str] |
             raise UserError(f"{flag} {name}: the model has no such layer; {hint}it has {', '.join(sorted(shown or known))}")
 
 
+def _check_head(model: PreTrainedModel, settings: dict[str, Any], path: str) -> None:
+    """Raises UserError where only one of model and adapter has a score head."""
+    scores = settings.get("task_type") == "SEQ_CLS" or HEAD in (settings.get("modules_to_save") or [])
+    if scores and not has_score_head(model):
+        raise UserError(f"{path}: is the adapter of a reward model; its score head does not fit a causal language model")
+    if has_score_head(model) and not scores:
+        raise UserError(f"{path}: has no score head, so it is not the adapter of a reward model")
+
+
 def _ready(model: PeftModel) -> PeftModel:
     """Trained tensors in float32 whatever the base's type: a bfloat16 weight near 1 cannot take a step below 0.4 %.
 
     peft does this for the low-rank matrices; `modules_to_save` copies are left in the base's type, so they are raised here, and
-    what they give out is brought back to the base's type, which the next layer expects.
+    what they give out is brought back to the base's type, which the next layer expects. A score head is in float32 anyway, and
+    nothing comes after it.
     """
     lora_forward.install(model)
+    for config in model.peft_config.values():
+        if config.task_type == TaskType.SEQ_CLS:  # peft has added its own names again, whether the model has them or not
+            config.modules_to_save = sorted({*config.modules_to_save} - {"classifier"})
+    heads = set(score_head(model).modules()) if has_score_head(model) else set()
     base_dtype = model.dtype
     lower = functools.partial(_lower_output, dtype=base_dtype)
     for module in model.modules():
         copies = getattr(module, "modules_to_save", None)
-        if isinstance(copies, nn.ModuleDict) and base_dtype != torch.float32:
+        if isinstance(copies, nn.ModuleDict) and module not in heads and base_dtype != torch.float32:
             for copy in copies.values():
                 copy.float()
                 copy.register_forward_pre_hook(_raise_input)

@@ -109,7 +109,6 @@ def load_model(
 
     Raises UserError for a folder that is none, an architecture that is not a causal language model, weights that are missing.
     """
-    folder = resolve_model(name_or_path)
     config = read_config(name_or_path, trust_remote_code, revision)
     if rope is not None:
         scale_rope(config, rope)
@@ -119,23 +118,31 @@ def load_model(
         options["quantization_config"] = _quantization_config(quantization, chosen)
         # Each rank of a distributed run holds the whole quantised model on its own device.
         options["device_map"] = device_map or {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=chosen, output_loading_info=True, **options
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name_or_path}: cannot load the model ({_first_line(error)})") from error
-    parameters = {name for name, _ in model.named_parameters()}
-    if missing := sorted(parameters & set(info["missing_keys"])):
-        raise UserError(f"{name_or_path}: {len(missing)} weights are not in the folder, the first is {missing[0]}")
+    model = read_weights(AutoModelForCausalLM, name_or_path, config=config, dtype=chosen, **options)
     if quantization is not None:
         sizes = ", ".join(f"{name} {size:,} bytes" for name, size in bytes_by_dtype(model).items())
         logger.info("%s in %s: %s", name_or_path, quantization, sizes)
     return model
 
 
-def read_config(name: str, trust_remote_code: bool = False, revision: str = "main") -> Any:
-    """A model's config. Raises UserError for a folder that is none and for what is not a causal language model."""
+def read_weights(kind: Any, name_or_path: str, *, drawn: frozenset[str] = frozenset(), **options: Any) -> PreTrainedModel:
+    """A model of a class (or an Auto class) from its folder. Raises UserError for weights that are missing, those of `drawn` apart."""
+    try:
+        model, info = kind.from_pretrained(resolve_model(name_or_path), output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name_or_path}: cannot load the model ({_first_line(error)})") from error
+    parameters = {name for name, _ in model.named_parameters()} - drawn
+    if missing := sorted(parameters & set(info["missing_keys"])):
+        raise UserError(f"{name_or_path}: {len(missing)} weights are not in the folder, the first is {missing[0]}")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def read_config(name: str, trust_remote_code: bool = False, revision: str = "main", *, score_head: bool = False) -> Any:
+    """A model's config. Raises UserError for a folder that is none and for what is not a causal language model.
+
+    With `score_head` such a model may have a score head in place of its language-model head.
+    """
     folder = resolve_model(name)
     path = Path(folder)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -149,8 +156,14 @@ def read_config(name: str, trust_remote_code: bool = False, revision: str = "mai
             f"{name}: cannot read its config ({_first_line(error)}); name a local folder, a model of a reachable hub, or"
             " smollm2-135m-instruct, which needs no hub"
         ) from error
-    _check_causal(name, config)
+    if not (score_head and stores_score_head(config)):
+        _check_causal(name, config)
     return config
+
+
+def stores_score_head(config: Any) -> bool:
+    """Whether the folder of a config is that of a reward model (or another classifier)."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def _check_causal(name: str, config: Any) -> None:

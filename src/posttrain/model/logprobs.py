@@ -10,7 +10,6 @@ Only the positions asked for are projected, in chunks; peak memory is independen
 from __future__ import annotations
 
 import functools
-import sys
 import types
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from posttrain.model.attention import evaluation, find_decoder, unwrap
 from posttrain.model.head import Projection, head_logprobs, select_logprobs
+from posttrain.model.router import balance_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +90,8 @@ def _token_forward(
     balanced = bool(inputs.pop("output_router_logits", getattr(core.config, "output_router_logits", False)))
     if balanced:
         inputs["output_router_logits"] = True
-    if how.projection is None or (balanced and _balance_function(core) is None):
+    balance = balance_function(core) if balanced else None
+    if how.projection is None or (balanced and balance is None):
         output = run(**inputs)
         logits_NV = output.logits.flatten(0, 1).index_select(0, predict_N).float() / temperature
         logprobs_N, entropy_N = select_logprobs(logits_NV, targets_N, entropy)
@@ -100,23 +101,10 @@ def _token_forward(
         hidden_ND = output.last_hidden_state.flatten(0, 1).index_select(0, predict_N)
         head = core.get_output_embeddings()
         logprobs_N, entropy_N = head_logprobs(hidden_ND, head, targets_N, how.projection, temperature, entropy)
-        router_loss = _router_loss(core, output.router_logits, inputs.get("attention_mask")) if balanced else None
+        router_loss = balance(output.router_logits, attention_mask=inputs.get("attention_mask")) if balance is not None else None
     if router_loss is not None:
         router_loss = core.config.router_aux_loss_coef * router_loss
     return TokenLogprobs(logprobs_N, entropy_N, router_loss)
-
-
-def _balance_function(core: PreTrainedModel) -> Callable[..., Tensor] | None:
-    """The load balancing loss of the model's family; None where it has none of the usual form."""
-    usual = hasattr(core, "num_experts") and hasattr(core, "num_experts_per_tok")
-    return getattr(sys.modules[type(core).__module__], "load_balancing_loss_func", None) if usual else None
-
-
-def _router_loss(core: Any, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
-    """The load balancing loss over real tokens, as the model's own forward computes it."""
-    balance = _balance_function(core)
-    assert balance is not None
-    return balance(router_logits, core.num_experts, core.num_experts_per_tok, attention_mask)
 
 
 def _probe(core: PreTrainedModel, run: Callable[..., Any]) -> Logprobs:

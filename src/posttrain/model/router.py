@@ -1,0 +1,29 @@
+"""The load balancing loss of a mixture of experts, from the router logits that its decoder gives out."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING
+
+from posttrain.model.attention import find_decoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # what families call them
+
+
+def balance_function(core: PreTrainedModel) -> Callable[..., Tensor] | None:
+    """(router logits of the layers, attention_mask=…) → the family's own loss over real tokens; None where it has none of the usual form."""
+    function = getattr(sys.modules[type(find_decoder(core)).__module__], "load_balancing_loss_func", None)
+    # A causal model keeps the numbers itself; one with a score head has only the config.
+    places = (core, core.config.get_text_config())
+    n_experts = next((n for place in places for name in EXPERT_COUNTS if (n := getattr(place, name, None))), None)
+    per_token = next((n for place in places if (n := getattr(place, "num_experts_per_tok", None))), None)
+    if function is None or not n_experts or not per_token:
+        return None
+    return functools.partial(function, num_experts=n_experts, top_k=per_token)
