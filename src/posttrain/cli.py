@@ -25,17 +25,21 @@ class Command:
 
 
 _TRAIN = (flags.ModelFlags, flags.AdapterFlags, flags.DataFlags, flags.PrepareFlags)
+_PAIRS = (*_TRAIN, flags.TemplateFlags, flags.PairFlags, flags.SharingFlags)
 COMMANDS: dict[str, Command] = {
     "pt": Command("train", "continued pretraining on plain text", (*_TRAIN, flags.TextFlags, flags.RunFlags), True),
     "sft": Command(
-        "train", "supervised fine-tuning on conversations", (*_TRAIN, flags.ChatFlags, flags.PackFlags, flags.RunFlags), True
+        "train", "supervised fine-tuning on conversations",
+        (*_TRAIN, flags.TemplateFlags, flags.ChatFlags, flags.PackFlags, flags.RunFlags), True,
     ),
+    "rm": Command("train", "reward model on preference pairs", (*_PAIRS, flags.RewardFlags, flags.RunFlags), True),
+    "dpo": Command("train", "direct preference optimization on pairs", (*_PAIRS, flags.DpoFlags, flags.RunFlags), True),
     "merge": Command("merge", "adapter + base -> one model folder", (flags.MergeFlags,)),
     "generate": Command("generate", "answer a file of prompts", (flags.InferenceFlags, flags.GenerateFlags, flags.SamplingFlags)),
     "chat": Command("chat", "talk to a model in the terminal", (flags.InferenceFlags, flags.SamplingFlags)),
     "show": Command(
         "show", "print rows as the model sees them, trained tokens in colour",
-        (flags.ShowFlags, flags.ShowModelFlags, flags.DataFlags, flags.ChatFlags, flags.ShowTextFlags),
+        (flags.ShowFlags, flags.ShowModelFlags, flags.DataFlags, flags.TemplateFlags, flags.ChatFlags, flags.ShowTextFlags, flags.PairFlags),
     ),
     "convert": Command("convert", "any data format -> canonical JSONL", (flags.ConvertFlags,)),
 }  # fmt: skip

@@ -95,13 +95,64 @@ class PrepareFlags:
 
 
 @dataclass(frozen=True)
-class ChatFlags:
-    """Template and length"""
+class TemplateFlags:
+    """Template"""
 
     template_name: str | None = flag(
         None, "Chat template: a name (`posttrain show --help`), a .jinja file, or none: the tokenizer's own, else vicuna."
     )
+
+
+@dataclass(frozen=True)
+class ChatFlags:
+    """Length"""
+
     model_max_length: int = flag(1024, "Longest example in tokens; longer ones are cut at a turn boundary and counted.")
+
+
+@dataclass(frozen=True)
+class PairFlags:
+    """Lengths"""
+
+    max_source_length: int = flag(
+        1024, "Longest prompt in tokens; a longer one loses its oldest exchanges (the system turn stays), which is counted."
+    )
+    max_target_length: int = flag(512, "Longest answer in tokens; a longer one loses its end, which is counted.")
+
+
+@dataclass(frozen=True)
+class SharingFlags:
+    """Computation"""
+
+    prefix_sharing: bool = flag(
+        True, "Compute a prompt once for both answers (same loss and gradients). False: each answer with a prompt of its own."
+    )
+
+
+@dataclass(frozen=True)
+class RewardFlags:
+    """Reward model"""
+
+    center_rewards_coefficient: float = flag(
+        0.0, "Weight of (chosen score + rejected score)^2, which keeps scores around 0 (arXiv 2312.09244). 0: off."
+    )
+
+
+@dataclass(frozen=True)
+class DpoFlags:
+    """Preference loss"""
+
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "simpo", "orpo"] = flag(
+        "sigmoid", "Loss of a pair (docs/preferences.md has the formulas). simpo and orpo need no reference log-probs."
+    )
+    beta: float | None = flag(
+        None, "Strength of the preference against staying near the reference; in orpo its weight. [default: 0.1; simpo: 2.0]"
+    )
+    label_smoothing: float = flag(
+        0.0, "Share of pairs whose label is taken to be wrong, in [0, 0.5). For sigmoid, robust, simpo."
+    )
+    sft_weight: float = flag(0.0, "Weight of the chosen answer's mean negative log-prob, added to the loss. 0: off.")
+    simpo_gamma: float = flag(1.0, "Margin that simpo asks for between the answers.")
 
 
 @dataclass(frozen=True)
@@ -185,7 +236,7 @@ class GenerateFlags:
 class ShowFlags:
     """What to show"""
 
-    stage: Literal["pt", "sft"] = flag("sft", "Whose rows to show.")
+    stage: Literal["pt", "sft", "rm", "dpo"] = flag("sft", "Whose rows to show. rm, dpo: prompt, chosen and rejected answer.")
     rows: int = flag(3, "How many rows to print. -1: all.")
     output_format: Literal["text", "jsonl"] = flag(
         "text", "text: trained tokens in colour, and a histogram of lengths. jsonl: source, input_ids, trained, text of each row."

@@ -163,7 +163,7 @@ class PackedBatch:
                 pinned[f.name] = value.pin_memory()
         return dataclasses.replace(self, **pinned)
 
-    def last_S(self) -> Tensor:
+    def last_S(self) -> Tensor:  # noqa: N802 - an axis suffix
         """Flat index into B·T of the last token of every sequence."""
         if self.segments is not None:
             ends = [self.segments.segments[leaf].end - 1 for leaf in self.segments.leaves()]

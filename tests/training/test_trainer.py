@@ -16,7 +16,7 @@ from posttrain.data.pack import best_fit, collate, collate_padded
 from posttrain.model.adapter import Lora, attach_lora
 from posttrain.model.attention import enable_segments
 from posttrain.model.logprobs import install_logprobs
-from posttrain.objectives import OBJECTIVES
+from posttrain.objectives.lm import LanguageModel
 from posttrain.training.audit import GradientAudit
 from posttrain.training.batches import Groups
 from posttrain.training.callbacks import MetricsFile
@@ -43,7 +43,7 @@ def make_trainer(
     }  # fmt: skip
     args = TrainingArguments(str(folder), **{**settings, **changes})
     data = TrainingData(Groups(ROWS, groups), Groups(random_rows(7, seed=9)), collate_padded if padded else collate, forward)
-    trainer = ObjectiveTrainer(model, args, data, OBJECTIVES["sft"], None)
+    trainer = ObjectiveTrainer(model, args, data, LanguageModel(), None)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer

@@ -13,18 +13,31 @@ from posttrain.data.load import DataPlan, DataSource, Encode, Splits, load_rows,
 from posttrain.data.sources import parse_weights
 from posttrain.data.stream import RowStream
 from posttrain.data.tokenize import EncodeChat, EncodeText, fingerprint
+from posttrain.data.tokenize_pairs import EncodePair
 from posttrain.types import Stage, UserError
+
+PAIR_STAGES = ("rm", "dpo")
 
 
 def row_tokens(config: Config, stage: Stage) -> int:
-    """The longest row of a stage."""
+    """The longest row of a stage; of a pair, its prompt and one answer."""
+    if stage in PAIR_STAGES:
+        return config["max_source_length"] + config["max_target_length"]
     return config["block_size"] if stage == "pt" else config["model_max_length"]
 
 
 def encoder(config: Config, stage: Stage, tokenizer: Any) -> Encode:
     """How an example of the stage becomes columns."""
+    if stage in PAIR_STAGES:
+        return EncodePair(tokenizer, config["max_source_length"], config["max_target_length"], keep_stop=stage == "rm")
     longest = row_tokens(config, stage)
     return EncodeText(tokenizer, longest) if stage == "pt" else EncodeChat(tokenizer, longest)
+
+
+def _key(config: Config, stage: Stage, tokenizer: Any) -> str:
+    """Changes whenever `encoder` would give other columns."""
+    lengths = {name: config[name] for name in ("max_source_length", "max_target_length")} if stage in PAIR_STAGES else {}
+    return fingerprint(tokenizer, longest=row_tokens(config, stage), stage=stage, **lengths)
 
 
 def train_source(config: Config) -> DataSource:
@@ -61,10 +74,9 @@ def prepared_plan(config: Config, stage: Stage) -> DataPlan:
 
 def load(config: Config, stage: Stage, tokenizer: Any) -> Splits:
     """Training and held-out rows, tokenized, from the cache where the same was prepared before."""
-    key = fingerprint(tokenizer, longest=row_tokens(config, stage), stage=stage)
     return load_splits(
-        train_source(config), held_out_source(config), prepared_plan(config, stage), encoder(config, stage, tokenizer), key,
-        config["validation_split_percentage"], config["max_eval_samples"],
+        train_source(config), held_out_source(config), prepared_plan(config, stage), encoder(config, stage, tokenizer),
+        _key(config, stage, tokenizer), config["validation_split_percentage"], config["max_eval_samples"],
     )  # fmt: skip
 
 
@@ -74,8 +86,7 @@ def load_held_out(config: Config, stage: Stage, tokenizer: Any) -> Any:
     if source is None:
         return None
     limited = dataclasses.replace(prepared_plan(config, stage), max_rows=config["max_eval_samples"])
-    key = fingerprint(tokenizer, longest=row_tokens(config, stage), stage=stage)
-    return load_rows(source, limited, encoder(config, stage, tokenizer), key)
+    return load_rows(source, limited, encoder(config, stage, tokenizer), _key(config, stage, tokenizer))
 
 
 def stream(config: Config, stage: Stage, tokenizer: Any, seed: int = 42, shuffle_buffer_rows: int = 0, **ranks: int) -> RowStream:

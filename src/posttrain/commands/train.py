@@ -1,41 +1,40 @@
-"""One training run of the shared trainer (pt, sft), from flags to a run folder."""
+"""One training run of the shared trainer (pt, sft, rm, dpo), from flags to a run folder."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
-from posttrain import flags
 from posttrain.commands import rows
+from posttrain.commands.build import build_model, build_objective, collator, install_head, source
 from posttrain.commands.report import quiet_libraries, say
 from posttrain.config import Config
 from posttrain.data.load import LoadedRows
-from posttrain.data.pack import best_fit, collate, collate_padded
+from posttrain.data.pack import best_fit
 from posttrain.data.pack_stream import PackedStream
 from posttrain.data.stream import RowStream
-from posttrain.data.template import apply_template, set_stop_tokens
+from posttrain.data.template import apply_template
 from posttrain.data.tokenize import prove_masks
-from posttrain.model.adapter import Lora, attach_lora, load_adapter, trainable_summary
+from posttrain.data.tokenize_pairs import prove_pairs
 from posttrain.model.attention import enable_segments
 from posttrain.model.embedded import resolve_model
 from posttrain.model.fused import fuse
-from posttrain.model.load import check_vocabulary, load_model, load_tokenizer, resize_embeddings
-from posttrain.model.logprobs import install_logprobs
-from posttrain.objectives import OBJECTIVES
+from posttrain.model.load import load_tokenizer
+from posttrain.objectives.dpo import Preference
 from posttrain.training import artifacts
 from posttrain.training.audit import GradientAudit
 from posttrain.training.batches import Groups
 from posttrain.training.callbacks import MetricsFile, Progress
+from posttrain.training.reference import ReferencePass
 from posttrain.training.resolve import HELD_OUT_FLAGS, check_steps, resolve, training_arguments
 from posttrain.training.trainer import ObjectiveTrainer, TrainingData, use_callbacks
 from posttrain.types import Stage, UserError
-
-logger = logging.getLogger(__name__)
 
 SOURCES = ("model_name_or_path", "tokenizer_name_or_path", "peft_path", "train_file_dir", "validation_file_dir", "dataset_name")
 
@@ -51,17 +50,17 @@ def run(config: Config) -> None:
         sources = {f"--{name}": config[name] for name in SOURCES}
         artifacts.open_run_folder(folder, config["overwrite_output_dir"], bool(config["resume_from_checkpoint"]), sources)
     say(f"posttrain {config.command}: settings that are not defaults\n{config.table()}")
-    tokenizer = load_tokenizer(config["tokenizer_name_or_path"] or config["model_name_or_path"], **_source(config))
-    if config.command == "sft":
+    tokenizer = load_tokenizer(config["tokenizer_name_or_path"] or config["model_name_or_path"], **source(config))
+    if config.command != "pt":
         say(f"template: {apply_template(tokenizer, config['template_name']).name}")
     train, held_out = prepare(config, args, tokenizer)
     report_data(config, train, held_out, tokenizer)
     set_seed(config["seed"])  # before anything is drawn: a new adapter starts from the seed
     model = build_model(config, tokenizer)
-    trainer = build_trainer(config, args, model, train, held_out, tokenizer)
     parents = {"base": artifacts.parent(config["model_name_or_path"], resolve_model(config["model_name_or_path"]))}
     if config["peft_path"]:
         parents["adapter"] = artifacts.parent(config["peft_path"], config["peft_path"])
+    trainer = build_trainer(config, args, model, (train, held_out), tokenizer, parents)
     if args.process_index == 0:
         artifacts.write_run(folder, config.command, config.saved(), parents=parents, resumed_from=checkpoint)
         if isinstance(train, LoadedRows):
@@ -70,10 +69,6 @@ def run(config: Config) -> None:
     if args.process_index == 0 and isinstance(train, RowStream):
         write_ledger(folder, train, held_out)  # it grew while the stream was read
     say(f"run folder: {folder}")
-
-
-def _source(config: Config) -> dict[str, Any]:
-    return {"trust_remote_code": config["trust_remote_code"], "revision": config["model_revision"] or "main"}
 
 
 def prepare(config: Config, args: TrainingArguments, tokenizer: Any) -> tuple[Any, LoadedRows | None]:
@@ -92,7 +87,7 @@ def prepare(config: Config, args: TrainingArguments, tokenizer: Any) -> tuple[An
 
 
 def report_data(config: Config, train: Any, held_out: LoadedRows | None, tokenizer: Any) -> None:
-    """The ledgers on the terminal and (for chats) the proof of the masks."""
+    """The ledgers on the terminal and (but for plain text) the proof of the masks."""
     if isinstance(train, LoadedRows):
         train.ledger.assert_identity()
         say(train.ledger.summary())
@@ -104,6 +99,8 @@ def report_data(config: Config, train: Any, held_out: LoadedRows | None, tokeniz
         raise UserError(f"--do_eval True needs held-out rows: {HELD_OUT_FLAGS}")
     if config.command == "sft":
         say(prove_masks(train.dataset, tokenizer, config["model_max_length"]))
+    elif config.command in rows.PAIR_STAGES:
+        say(prove_pairs(train.dataset, tokenizer, config["max_target_length"]))
 
 
 def write_ledger(folder: Path, train: Any, held_out: LoadedRows | None) -> None:
@@ -115,50 +112,35 @@ def write_ledger(folder: Path, train: Any, held_out: LoadedRows | None) -> None:
     (folder / "ledger.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def build_model(config: Config, tokenizer: Any) -> Any:
-    """The model, with room for the tokenizer's ids, its adapter, segment attention and log-probs inside its forward."""
-    model = load_model(config["model_name_or_path"], config["dtype"], **_source(config))
-    wanted = config["model_type"]
-    if wanted and wanted != model.config.model_type:
-        raise UserError(f"--model_type {wanted}: {config['model_name_or_path']} is a {model.config.model_type}")
-    added = resize_embeddings(model, tokenizer) if config.command == "sft" else 0
-    check_vocabulary(model, tokenizer)
-    if added and config["use_peft"] and not config["modules_to_save"]:
-        logger.warning("the rows of %d new tokens stay as they start: --modules_to_save embed_tokens,lm_head trains them", added)
-    if config.command == "sft":
-        set_stop_tokens(tokenizer, model.generation_config)
-    adapter = config.group(flags.AdapterFlags)
-    if adapter.peft_path:
-        model = load_adapter(model, adapter.peft_path)
-        say(f"adapter {adapter.peft_path}: weights only; optimizer, schedule and data start anew")
-    elif adapter.use_peft:
-        lora = Lora(adapter.lora_rank, adapter.lora_alpha, adapter.lora_dropout, adapter.target_modules, adapter.modules_to_save,
-                    adapter.use_rslora, adapter.use_dora)  # fmt: skip
-        model = attach_lora(model, lora)
-    say(trainable_summary(model))
-    return model
-
-
 def build_trainer(
-    config: Config, args: TrainingArguments, model: Any, train: Any, held_out: LoadedRows | None, tokenizer: Any
+    config: Config, args: TrainingArguments, model: Any, loaded: tuple[Any, LoadedRows | None], tokenizer: Any, parents: Any
 ) -> ObjectiveTrainer:
-    """Rows grouped and collated as the model allows, and the trainer with our callbacks."""
+    """Rows grouped and collated as the model allows, and the trainer with our callbacks. `loaded`: training and held-out rows."""
     packed = False
     if config["padding_free"]:
         attention = enable_segments(model)
         packed = attention.packed
         say(f"rows: {'segments without padding' if packed else 'padded'} ({attention.reason})")
-    say(f"log-probs: {install_logprobs(model).reason}")
+    install_head(config, model)
     if config["fused"]:
         say(f"fused: {fuse(model)}")
+    objective, collate = build_objective(config), collator(config, packed)
+    if isinstance(objective, Preference) and objective.loss.needs_reference:
+        made_of = (*(parent["hash"] for parent in parents.values()), getattr(model.config, "_commit_hash", None), config["dtype"])
+        reference = ReferencePass(
+            model, collate, packed, config["forward_tokens"], (*map(str, made_of), str(args.bf16)), config["cache_dir"],
+            sys.stderr.isatty(),
+        )  # fmt: skip
+        loaded = tuple(None if rows is None else add_reference(rows, reference, args) for rows in loaded)  # type: ignore[assignment]
+    train, held_out = loaded
     data = TrainingData(
         group_rows(config, train, packed),
         Groups(held_out.dataset) if held_out is not None else None,
-        collate if packed else collate_padded,
+        collate,
         config["forward_tokens"],
     )
     os.environ["TENSORBOARD_LOGGING_DIR"] = config["logging_dir"]  # where the library's callback looks
-    trainer = ObjectiveTrainer(model, args, data, OBJECTIVES[config.command], tokenizer)  # type: ignore[index]
+    trainer = ObjectiveTrainer(model, args, data, objective, tokenizer)
     audit = [GradientAudit()] if config["audit"] else []
     # Not args.disable_tqdm, which is true whenever the library's log lines are off.
     bar = None if config["disable_tqdm"] is None else not config["disable_tqdm"]
@@ -166,9 +148,16 @@ def build_trainer(
     return trainer
 
 
+def add_reference(loaded: LoadedRows, reference: ReferencePass, args: TrainingArguments) -> LoadedRows:
+    """The rows with the log-probs of the policy as it starts."""
+    dataset, line = reference.add_columns(loaded.dataset, args)
+    say(line)
+    return dataclasses.replace(loaded, dataset=dataset)
+
+
 def group_rows(config: Config, train: Any, packed: bool) -> Groups | PackedStream:
     """Which rows share a packed row: best fit for documents and with --packing, else each stands alone."""
-    wanted = config.command == "pt" or config["packing"]
+    wanted = config.command == "pt" or (config.command == "sft" and config["packing"])
     capacity = rows.row_tokens(config, config.command) if wanted and packed else None  # type: ignore[arg-type]
     if wanted and not packed:
         say("packing is off: a padded batch holds one example a row")

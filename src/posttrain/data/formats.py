@@ -263,7 +263,7 @@ def _to_pair(row: Row, source: str, name: str) -> Pair:
             fail(source, "rejected" if chosen else "chosen", "missing: a pair has a chosen and a rejected answer")
         raise _wrong_kind(source, first_key(row, FORMATS[name].keys) or "row", name, "pair")
     read = FORMATS[name].read
-    return read_pair(row, source, (lambda: read(row, source, "none")) if read else None)
+    return read_pair(row, source, (lambda: read(row, source, "none")) if read else None, _system_turns(row, source))
 
 
 def format_help() -> dict[str, Any]:

@@ -40,14 +40,20 @@ def read_transcript(text: str, source: str, field: str) -> list[Turn]:
     return turns
 
 
-def read_pair(row: Row, source: str, read_prompt: Callable[[], list[Turn]] | None) -> Pair:
-    """The pair of a row that has both answers. `read_prompt` reads the dialogue before them; None: the row has none beside them."""
+def read_pair(row: Row, source: str, read_prompt: Callable[[], list[Turn]] | None, system: list[Turn]) -> Pair:
+    """The pair of a row that has both answers. `read_prompt` reads the dialogue before them; None: the row has none beside them.
+
+    `system` is the system turn beside the dialogue, if any: `read_prompt` knows it already, whole dialogues do not.
+    """
     chosen_key = first_key(row, CHOSEN_KEYS) or CHOSEN_KEYS[0]
     rejected_key = first_key(row, REJECTED_KEYS) or REJECTED_KEYS[0]
     chosen = _read_answer(row[chosen_key], source, chosen_key)
     rejected = _read_answer(row[rejected_key], source, rejected_key)
     if any(message.role == "user" for _, message in chosen + rejected):
         prompt, chosen, rejected = _split_common(chosen, rejected, source, rejected_key)
+        if system and prompt and prompt[0][1].role == "system":
+            fail(source, system[0][0], f"two system turns, here and in {chosen_key}; keep one")
+        prompt = system + prompt
     elif read_prompt is None:
         fail(source, chosen_key, "no prompt: neither beside the answers nor in them")
     else:
@@ -88,7 +94,10 @@ def _read_answer(value: object, source: str, field: str) -> list[Turn]:
     if not text.strip():
         fail(source, field, "empty answer")
     if is_transcript(text):
-        return read_transcript(text, source, field)
+        turns = read_transcript(text, source, field)
+        if turns[-1][1].role != "assistant":
+            fail(source, field, "empty answer: the dialogue ends before the assistant speaks")
+        return turns
     return [(field, Message("assistant", text))]
 
 

@@ -100,20 +100,22 @@ def collate_padded(rows: Sequence[Row]) -> PackedBatch:
 def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
     """Cut a packed batch into parts of at most `max_tokens` where a root segment begins; one that is longer stays whole.
 
-    The parts hold the same segments and targets, so the sums over them are those of the batch: the same update from less memory.
-    A padded batch comes back as it is.
+    The two sequences of a pair (a batch with columns over P) stay together, whether they share their prompt or not. The parts hold
+    the same segments and targets, so the sums over them are those of the batch: the same update from less memory. A padded batch
+    comes back as it is.
     """
     if batch.segments is None or batch.n_tokens <= max_tokens:
         return [batch]
     segments = batch.segments.segments
-    roots = [i for i, segment in enumerate(segments) if segment.parent is None]
+    leaves = batch.segments.leaves()
+    together = 2 if any(name.endswith("_P") for name in batch.extras) else 1  # sequences that no cut parts
+    roots = [i for i, segment in enumerate(segments) if segment.parent is None and bisect_left(leaves, i) % together == 0]
     cuts = [0]
     for root, next_root in zip(roots, [*roots[1:], len(segments)], strict=True):
         end = segments[next_root - 1].end
         if end - segments[cuts[-1]].start > max_tokens and root > cuts[-1]:
             cuts.append(root)
     bounds = list(zip(cuts, [*cuts[1:], len(segments)], strict=True))
-    leaves = batch.segments.leaves()
     return [_part(batch, bound, (bisect_left(leaves, bound[0]), bisect_left(leaves, bound[1]))) for bound in bounds]
 
 

@@ -26,7 +26,8 @@ def collate_pairs(rows: Sequence[Row]) -> PackedBatch:
     Both first tokens are predicted at the prompt's last position. T = Σ prompt + chosen + rejected.
     """
     ids: list[Any] = []
-    positions, segments, predict, targets = [], [], [], []
+    positions, predict, targets = [], [], []
+    segments: list[Segment] = []
     start = 0
     for row in rows:
         prompt = np.asarray(row["prompt_ids"], dtype=np.int64)

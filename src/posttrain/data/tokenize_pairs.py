@@ -26,8 +26,10 @@ class EncodePair:
     keep_stop: bool
 
     def __call__(self, pair: Pair) -> EncodedRows:
-        """Raises RowError for a prompt whose last exchange is too long and for answers that are equal once they are cut."""
+        """Raises RowError for a prompt whose last exchange is too long and for answers that are equal as ids or once they are cut."""
         whole, chosen, rejected = encode_pair(self.tokenizer, pair)
+        if chosen == rejected:  # a template may trim what tells the texts apart, a tokenizer may normalise it
+            raise RowError(pair.source, "rejected", "the answers give the same tokens: nothing to prefer")
         messages, head = fit_prompt(self.tokenizer, Prompt(pair.prompt, pair.source, pair.tools), whole, self.max_source_tokens)
         if len(messages) < len(pair.prompt):
             head, chosen, rejected = encode_pair(self.tokenizer, dataclasses.replace(pair, prompt=messages))
@@ -61,7 +63,8 @@ def fit_prompt(tokenizer: Any, prompt: Prompt, ids: list[int], max_tokens: int) 
             raise RowError(
                 prompt.source,
                 "prompt",
-                f"its last exchange is longer than --max_source_length {max_tokens} tokens; raise it or shorten the row",
+                f"its system turn and last exchange alone are {len(ids):,} tokens, more than --max_source_length {max_tokens};"
+                " raise it or shorten the row",
             )
         messages = (*system, *messages[asked[0] :])
         ids = encode_prompt(tokenizer, dataclasses.replace(prompt, messages=messages))

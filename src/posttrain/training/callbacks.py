@@ -12,7 +12,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
-SHOWN = ("loss", "eval_loss", "eval_perplexity", "grad_norm", "learning_rate", "tokens_per_second")
+SHOWN = (
+    "loss", "eval_loss", "eval_perplexity", "accuracy", "eval_accuracy", "reward_margin", "grad_norm", "learning_rate",
+    "tokens_per_second",
+)  # fmt: skip
 
 
 class MetricsFile(TrainerCallback):

@@ -17,17 +17,23 @@ from transformers.training_args import trainer_log_levels
 from posttrain import hf_flags
 from posttrain.config import Config
 from posttrain.model.load import hardware_dtype
+from posttrain.objectives.dpo import DpoLoss
 from posttrain.types import UserError
 
-LORA_LEARNING_RATE = 2e-4
-FULL_LEARNING_RATE = 2e-5
+# (adapter, all weights). A preference loss has its best policy close by; likelihoods do not.
+LEARNING_RATES: dict[str, tuple[float, float]] = {
+    "pt": (2e-4, 2e-5),
+    "sft": (2e-4, 2e-5),
+    "rm": (1e-4, 1e-5),
+    "dpo": (2e-5, 1e-6),
+}
 CPU_FORWARD_TOKENS = 1024  # where matrix products have reached their full speed on a few cores
 GPU_FORWARD_TOKENS = 16384
 
 
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_rank")
 NEED_WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
-LOWER_IS_BETTER = ("loss", "nll_nats", "perplexity")
+LOWER_IS_BETTER = ("loss", "nll_nats", "perplexity", "nll_chosen_nats", "calibration_error", "kl_nats")
 HELD_OUT_FLAGS = "--validation_file_dir or --validation_split_percentage"
 
 
@@ -38,6 +44,10 @@ def resolve(config: Config) -> Config:
     _check_data(config)
     _check_adapter(config)
     _check_library(config, on_cpu)
+    if config.command == "dpo":
+        config = _resolve_dpo(config)
+    if config.command == "rm" and config["center_rewards_coefficient"] < 0:
+        raise UserError(f"--center_rewards_coefficient {config['center_rewards_coefficient']}: must be at least 0")
     native = torch.bfloat16 if on_cpu and torch.cpu._is_avx512_bf16_supported() else hardware_dtype()
     half = native is torch.bfloat16 and not config["fp16"]
     if config.given("dtype") and config["dtype"] != "auto":
@@ -57,10 +67,29 @@ def resolve(config: Config) -> Config:
     return config.derive(
         use_cpu=on_cpu,
         bf16=half,
-        learning_rate=LORA_LEARNING_RATE if config["use_peft"] else FULL_LEARNING_RATE,
+        learning_rate=LEARNING_RATES[stage][0 if config["use_peft"] else 1],
         output_dir=str(Path("outputs", stage)),
         **strategies,
     ).derive(logging_dir=config["logging_dir"] or str(Path(config["output_dir"] or Path("outputs", stage), "logs")))
+
+
+def _resolve_dpo(config: Config) -> Config:
+    """Fill in beta; refuse what the loss would not use."""
+    loss = DpoLoss(config["loss_type"])
+    if config["beta"] is None:
+        config = config.replace("beta", loss.default_beta)
+    if config["beta"] <= 0:
+        raise UserError(f"--beta {config['beta']}: must be greater than 0")
+    if not 0 <= config["label_smoothing"] < 0.5:
+        raise UserError(f"--label_smoothing {config['label_smoothing']}: must be in [0, 0.5)")
+    if config["label_smoothing"] and not loss.takes_smoothing:
+        takers = ", ".join(other.value for other in DpoLoss if other.takes_smoothing)
+        raise UserError(f"--label_smoothing does nothing with --loss_type {loss.value}: it is for {takers}")
+    if config["sft_weight"] < 0:
+        raise UserError(f"--sft_weight {config['sft_weight']}: must be at least 0")
+    if config.given("simpo_gamma") and loss is not DpoLoss.SIMPO:
+        raise UserError("--simpo_gamma does nothing without --loss_type simpo")
+    return config
 
 
 def _check_numbers(config: Config) -> None:
@@ -71,9 +100,9 @@ def _check_numbers(config: Config) -> None:
         raise UserError(f"--num_train_epochs {config['num_train_epochs']}: must be greater than 0")
     if not 0 <= config["lora_dropout"] < 1:
         raise UserError(f"--lora_dropout {config['lora_dropout']}: must be in [0, 1)")
-    length_flag = "block_size" if config.command == "pt" else "model_max_length"
-    if config[length_flag] < 2:
-        raise UserError(f"--{length_flag} {config[length_flag]}: must be at least 2 tokens")
+    for name in ("block_size", "model_max_length", "max_source_length", "max_target_length"):
+        if name in config.values and config[name] < 2:
+            raise UserError(f"--{name} {config[name]}: must be at least 2 tokens")
     if not 0 <= config["validation_split_percentage"] < 100:
         raise UserError(f"--validation_split_percentage {config['validation_split_percentage']}: must be in [0, 100)")
 
