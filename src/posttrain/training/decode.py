@@ -1,4 +1,4 @@
-"""Continue a batch of sequences token by token: one forward a token over kept keys and values, rows that have stopped leave the batch."""
+"""Continue a batch of sequences token by token: one forward a token over kept keys and values; rows that have stopped leave the batch."""
 
 from __future__ import annotations
 
@@ -7,46 +7,38 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from posttrain.model.attention import unwrap
-
-# Leaving costs one copy of the rows that stay, which a step costs as well, and saves their share of every step to come.
-LEAVE_SHARE = 0.125
+from posttrain.types import UserError
 
 ROOM_TOKENS = 64  # a layer's cache grows by so many tokens at a time
+# Rows that have stopped leave when they are this share of the batch: it costs a copy of the cache of those that stay.
+LEAVE_SHARE = 0.125
 
 Choose = Callable[[Tensor, Tensor], Tensor]
-
-
-def fits(core: PreTrainedModel) -> bool:
-    """Whether the model's forward keeps keys and values in transformers' cache."""
-    return "past_key_values" in inspect.signature(core.forward).parameters and core._supports_default_dynamic_cache()
-
-
-def left_pad(prompts: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both (B, T); 1 in the mask is a real token, whatever its id."""
-    longest = max(map(len, prompts))
-    ids_BT = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], dtype=torch.long)
-    mask_BT = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=torch.long)
-    return ids_BT.to(device), mask_BT.to(device)
 
 
 class RoomyLayer(DynamicLayer):
     """A layer's keys and values at the beginning of longer buffers: a token more is written, where `DynamicLayer` copies all of them."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self._rooms: list[Tensor] = []
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (B, H, T, D) and return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
         if not self._rooms or end > self._rooms[0].shape[-2]:
             self._rooms = [_with_room(self.keys, key_states, end), _with_room(self.values, value_states, end)]
         for room, states in zip(self._rooms, (key_states, value_states), strict=True):
@@ -55,7 +47,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these rows, in new buffers."""
+        """Go on with these rows, in new buffers."""
         super().reorder_cache(beam_idx)
         self._rooms = []
 
@@ -68,6 +60,20 @@ def _with_room(kept: Tensor, new: Tensor, end: int) -> Tensor:
     return room
 
 
+def left_pad(prompts: Sequence[list[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, both (B, T). A 1 in the mask is a real token, whatever its id."""
+    longest = max(map(len, prompts))
+    ids_BT = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], dtype=torch.long)
+    mask_BT = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=torch.long)
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+def can_continue(model: nn.Module) -> bool:
+    """Whether the model's forward keeps keys and values in the cache of transformers that `Continuation` hands it."""
+    core = unwrap(model)
+    return "past_key_values" in inspect.signature(core.forward).parameters and core._supports_default_dynamic_cache()
+
+
 class Continuation:
     """Sequences that are being continued, one a row: their cache, their mask and the position of their next token."""
 
@@ -76,40 +82,43 @@ class Continuation:
         core = unwrap(model)
         accepted = inspect.signature(core.forward).parameters
         self._model = model
-        self._takes_positions = "position_ids" in accepted  # ALiBi counts them from the mask
+        self._takes_positions = "position_ids" in accepted  # without rotary or learned positions (ALiBi) the mask tells them
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._cache = DynamicCache(config=core.config)
         self._cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self._cache.layers]
         self._ids_BT, mask_BT = left_pad(prompts, pad_id, core.device)
-        self._mask_BT = torch.nn.functional.pad(mask_BT, (0, room_tokens), value=1)
-        self._next_B = mask_BT.sum(1)
+        self._mask_BT = F.pad(mask_BT, (0, room_tokens), value=1)
         self._width = mask_BT.shape[1]
+        self._next_B = mask_BT.sum(1)
+        self.forward_passes = 0
+        self.forward_tokens = 0  # with padding and with rows that have stopped: what was computed
 
     def prefill(self) -> Tensor:
         """Logits (B, V) of the first new token, in float32."""
-        mask_BT = self._mask_BT[:, : self._width]
-        return self._forward(self._ids_BT, (mask_BT.cumsum(1) - 1).clamp(min=0))
+        positions_BT = (self._mask_BT[:, : self._width].cumsum(1) - 1).clamp(min=0)
+        return self._forward(self._ids_BT, positions_BT)
 
     def append(self, tokens_B: Tensor) -> Tensor:
         """Logits (B, V) of the token after `tokens_B`, in float32."""
         positions_BT = self._next_B[:, None]
-        self._width += 1
         self._next_B = self._next_B + 1
+        self._width += 1
         return self._forward(tokens_B[:, None], positions_BT)
 
     def take(self, rows_B: Tensor) -> None:
         """Go on with these rows, in this order; a row may be taken more than once."""
-        self._cache.reorder_cache(rows_B)  # the one selection that every kind of layer has
+        self._cache.reorder_cache(rows_B)  # the one selection of rows that every kind of layer has
         self._mask_BT, self._next_B = self._mask_BT[rows_B], self._next_B[rows_B]
 
     def _forward(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
-        positions = {"position_ids": positions_BT} if self._takes_positions else {}
+        self.forward_passes += 1
+        self.forward_tokens += ids_BT.numel()
         output = self._model(
             input_ids=ids_BT,
             attention_mask=self._mask_BT[:, : self._width],
             past_key_values=self._cache,
             use_cache=True,
-            **positions,
+            **({"position_ids": positions_BT} if self._takes_positions else {}),
             **self._last_only,
         )
         logits_BV: Tensor = output.logits[:, -1].float()
@@ -119,12 +128,12 @@ class Continuation:
 def chooser(temperature: float, top_k: int, top_p: float) -> Choose:
     """Logits (B, V) and uniform numbers (B) in [0, 1) → tokens (B). Temperature 0 takes the largest logit.
 
-    Inverse transform sampling: the first token at which the cumulated probability exceeds u. In float64, u·total < total for every
-    u < 1, so that a token of probability 0 is never chosen.
+    Inverse transform sampling: the first token at which the cumulated probability exceeds u. In floating point u·total < total for
+    u ≤ 1 - 2⁻⁵³, so that a token of probability 0 is never chosen.
     """
     if temperature == 0:
         return lambda logits_BV, _: logits_BV.argmax(-1)
-    warpers: list[Any] = [] if temperature == 1 else [TemperatureLogitsWarper(temperature)]
+    warpers: list[Any] = [] if temperature == 1 else [TemperatureLogitsWarper(float(temperature))]
     warpers += [TopKLogitsWarper(top_k)] if top_k > 0 else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
 
@@ -132,33 +141,44 @@ def chooser(temperature: float, top_k: int, top_p: float) -> Choose:
         for warp in warpers:
             logits_BV = warp(None, logits_BV)
         cumulated_BV = logits_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
-        return torch.searchsorted(cumulated_BV, (uniform_B * cumulated_BV[:, -1])[:, None], right=True)[:, 0]
+        threshold_B = uniform_B * cumulated_BV[:, -1]
+        found_B = torch.searchsorted(cumulated_BV, threshold_B[:, None], right=True)[:, 0]
+        return found_B.clamp(
+            max=logits_BV.shape[-1] - 1
+        )  # logits that are no numbers are found out below, not by a device assert
 
     return choose
 
 
-def decode(
-    batch: Continuation, copies: Tensor | None, uniform_BR: Tensor, stop_ids: Tensor, choose: Choose
-) -> tuple[Tensor, Tensor]:
+def decode(batch: Continuation, uniform_BR: Tensor, stop_ids: Sequence[int], choose: Choose) -> list[list[int]]:
+    """New tokens of every row, through its first stop token or R of them. Rows are prompt-major.
+
+    Raises UserError when the model's logits are no numbers.
+    """
     n_rows, longest = uniform_BR.shape
-    tokens_BR = torch.zeros((n_rows, longest), dtype=torch.long, device=uniform_BR.device)
-    length_B = torch.zeros(n_rows, dtype=torch.long, device=uniform_BR.device)
-    stopped_B = torch.zeros(n_rows, dtype=torch.bool, device=uniform_BR.device)
+    device = uniform_BR.device
+    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+    tokens_BR = torch.zeros((n_rows, longest), dtype=torch.long, device=device)
+    length_B = torch.zeros(n_rows, dtype=torch.long, device=device)
+    stopped_B = torch.zeros(n_rows, dtype=torch.bool, device=device)
+    rows_B = torch.arange(n_rows, device=device)  # the rows still in the batch
     logits_BV = batch.prefill()
-    if copies is not None:
-        batch.take(copies)
-        logits_BV = logits_BV[copies]
-    rows_B = torch.arange(n_rows, device=uniform_BR.device)
+    if n_rows > len(logits_BV):
+        prompt_B = rows_B // (n_rows // len(logits_BV))
+        batch.take(prompt_B)
+        logits_BV = logits_BV[prompt_B]
     for step in range(longest):
         next_B = choose(logits_BV, uniform_BR[rows_B, step])
         tokens_BR[rows_B, step] = next_B
         length_B[rows_B] += (~stopped_B[rows_B]).long()
-        stopped_B[rows_B] |= torch.isin(next_B, stop_ids)
-        going = (~stopped_B[rows_B]).nonzero()[:, 0]
-        if len(going) == 0 or step + 1 == longest:
+        stopped_B[rows_B] |= torch.isin(next_B, stops)
+        going_B = (~stopped_B[rows_B]).nonzero()[:, 0]
+        if len(going_B) == 0 or step + 1 == longest:
             break
-        if len(rows_B) - len(going) >= LEAVE_SHARE * len(rows_B):
-            batch.take(going)
-            rows_B, next_B = rows_B[going], next_B[going]
+        if len(rows_B) - len(going_B) >= LEAVE_SHARE * len(rows_B):
+            batch.take(going_B)
+            rows_B, next_B = rows_B[going_B], next_B[going_B]
         logits_BV = batch.append(next_B)
-    return tokens_BR, length_B
+    if bool(logits_BV.isnan().any()):
+        raise UserError("the model's logits are not numbers any more: training has diverged, lower --learning_rate")
+    return [row[:length] for row, length in zip(tokens_BR.tolist(), length_B.tolist(), strict=True)]
