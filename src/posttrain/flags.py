@@ -239,7 +239,9 @@ class ShowFlags:
     stage: Literal["pt", "sft", "rm", "dpo"] = flag("sft", "Whose rows to show. rm, dpo: prompt, chosen and rejected answer.")
     rows: int = flag(3, "How many rows to print. -1: all.")
     output_format: Literal["text", "jsonl"] = flag(
-        "text", "text: trained tokens in colour, and a histogram of lengths. jsonl: source, input_ids, trained, text of each row."
+        "text",
+        "text: trained tokens in colour, and a histogram of lengths. jsonl: an object a row, with source, input_ids, trained and text;"
+        " of a pair with prompt_ids, chosen_ids, rejected_ids, margin, and prompt, chosen and rejected as text.",
     )
 
 
