@@ -15,7 +15,7 @@ STATES, WORDS = 7, 5
 
 class Output(NamedTuple):
     logprobs_N: Tensor
-    entropy_N: Tensor
+    entropy_N: Tensor | None
     values_N: Tensor
 
 
@@ -31,11 +31,12 @@ class Tabular(nn.Module):
     def forward(
         self, input_ids: Tensor, predict_N: Tensor, targets_N: Tensor, temperature: float, entropy: bool, **inputs: Any
     ) -> Output:
-        assert entropy
         state_N = input_ids.flatten()[predict_N]
         log_NV = (self.logits_SV[state_N] / temperature).log_softmax(-1)
         entropy_N = -(log_NV.exp() * log_NV).sum(-1)
-        return Output(log_NV.gather(1, targets_N[:, None]).squeeze(1), entropy_N, self.values_S[state_N])
+        return Output(
+            log_NV.gather(1, targets_N[:, None]).squeeze(1), entropy_N if entropy else None, self.values_S[state_N]
+        )
 
 
 def sequence_ids(lengths: Sequence[int]) -> Tensor:

@@ -79,22 +79,20 @@ def _agrees(module: Any, forward: Callable[..., Tensor]) -> bool:
 
 
 def _weights(linear: Any) -> tuple[Weights, float] | None:
-    """The tensors and the scaling of a linear, plain or with one plain adapter; None where it computes something else."""
+    """The tensors and the scaling of a linear, plain or with at most one plain adapter on; None where it computes something else."""
     base, down, up, scaling = linear, None, None, 0.0
     if type(linear) is LoraLinear:
-        name = linear.active_adapters[0] if len(linear.active_adapters) == 1 else ""
-        if (
-            name not in linear.lora_A
-            or name in linear.lora_variant
-            or linear.lora_bias[name]
-            or linear.merged
-            or linear.disable_adapters
-        ):
+        names = [] if linear.disable_adapters else [name for name in linear.active_adapters if name in linear.lora_A]
+        if linear.merged or len(names) > 1:
             return None
-        if linear.training and getattr(linear.lora_dropout[name], "p", 0.0) > 0:
-            return None
-        base, down, up = linear.base_layer, linear.lora_A[name].weight, linear.lora_B[name].weight
-        scaling = linear.scaling[name]
+        base = linear.base_layer
+        if names:
+            name = names[0]
+            if name in linear.lora_variant or linear.lora_bias[name]:
+                return None
+            if linear.training and getattr(linear.lora_dropout[name], "p", 0.0) > 0:
+                return None
+            down, up, scaling = linear.lora_A[name].weight, linear.lora_B[name].weight, linear.scaling[name]
     if type(base) is not nn.Linear or not base.weight.is_floating_point() or base._forward_hooks or base._forward_pre_hooks:
         return None
     return Weights(base.weight, base.bias, down, up), scaling

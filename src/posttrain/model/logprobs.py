@@ -37,6 +37,7 @@ class TokenLogprobs(NamedTuple):
     logprobs_N: Tensor
     entropy_N: Tensor | None = None
     router_loss: Tensor | None = None  # mixture of experts with output_router_logits: coefficient × load balancing loss (a mean)
+    hidden_MD: Tensor | None = None  # last hidden states at `hidden_at_M`, where asked for
 
 
 class Logprobs(NamedTuple):
@@ -47,7 +48,8 @@ class Logprobs(NamedTuple):
 
 
 def install_logprobs(model: nn.Module) -> Logprobs:
-    """Let the forward of the causal LM (inside a PEFT wrapper or not) also take `predict_N`, `targets_N`, `temperature`, `entropy`.
+    """Let the forward of the causal LM (inside a PEFT wrapper or not) also take `predict_N`, `targets_N`, `temperature`, `entropy`,
+    and `hidden_at_M` (flat indices whose last hidden states are wanted too).
 
     With `predict_N` (flat indices into B·T, repeats allowed) it returns TokenLogprobs, without it what it always did. The method is
     replaced on the instance, so that DDP, FSDP and DeepSpeed still wrap one module and call one forward.
@@ -83,6 +85,7 @@ def _token_forward(
     targets_N: Tensor,
     temperature: float = 1.0,
     entropy: bool = False,
+    hidden_at_M: Tensor | None = None,
     **inputs: Any,
 ) -> TokenLogprobs:
     """The forward for tokens: decoder, then the head at `predict_N`."""
@@ -92,19 +95,24 @@ def _token_forward(
         inputs["output_router_logits"] = True
     balance = balance_function(core) if balanced else None
     if how.projection is None or (balanced and balance is None):
-        output = run(**inputs)
+        output = run(**inputs, **({} if hidden_at_M is None else {"output_hidden_states": True}))
+        hidden_BTD = None if hidden_at_M is None else output.hidden_states[-1]
         logits_NV = output.logits.flatten(0, 1).index_select(0, predict_N).float() / temperature
         logprobs_N, entropy_N = select_logprobs(logits_NV, targets_N, entropy)
         router_loss = getattr(output, "aux_loss", None) if balanced else None
     else:
         output = find_decoder(core)(**inputs)
-        hidden_ND = output.last_hidden_state.flatten(0, 1).index_select(0, predict_N)
+        hidden_BTD = output.last_hidden_state
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, predict_N)
         head = core.get_output_embeddings()
         logprobs_N, entropy_N = head_logprobs(hidden_ND, head, targets_N, how.projection, temperature, entropy)
         router_loss = balance(output.router_logits, attention_mask=inputs.get("attention_mask")) if balance is not None else None
     if router_loss is not None:
         router_loss = core.config.router_aux_loss_coef * router_loss
-    return TokenLogprobs(logprobs_N, entropy_N, router_loss)
+    hidden_MD = None
+    if hidden_at_M is not None and hidden_BTD is not None:
+        hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, hidden_at_M)
+    return TokenLogprobs(logprobs_N, entropy_N, router_loss, hidden_MD)
 
 
 def _probe(core: PreTrainedModel, run: Callable[..., Any]) -> Logprobs:

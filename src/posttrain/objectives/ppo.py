@@ -109,7 +109,7 @@ class PpoLoss:
         """The loss of a micro-batch. Metrics are sums over tokens; approx_kl_nats is k3 of KL(π_old‖π), on tokens of π_old."""
         s, extras, count = self.settings, batch.extras, self.weight(batch)
         tokens = {"predict_N": batch.predict_N, "targets_N": batch.targets_N}
-        output = model(**batch.model_inputs(), **tokens, temperature=s.temperature, entropy=True)
+        output = model(**batch.model_inputs(), **tokens, temperature=s.temperature, entropy=s.entropy_coef > 0)
         logprobs_N, old_logprobs_N = output.logprobs_N, extras["old_logprobs_N"]
         policy = policy_terms(logprobs_N, old_logprobs_N, extras["advantages_N"], s.cliprange, s.dual_clip)
         value = value_terms(output.values_N, extras["old_values_N"], extras["returns_N"], s.cliprange_value)
@@ -121,9 +121,9 @@ class PpoLoss:
             "clip_fraction": policy.clipped_N,
             "value_clip_fraction": value.clipped_N,
             "approx_kl_nats": kl_estimate(old_logprobs_N, logprobs_N.detach(), "k3"),
-            "entropy_nats": output.entropy_N,
         }
         if s.entropy_coef:
+            measured_N["entropy_nats"] = output.entropy_N
             total = total - s.entropy_coef * output.entropy_N.sum()
         if s.kl_loss_coef:
             divergence_N = kl_estimate(logprobs_N, extras["reference_N"], "k3")
