@@ -205,7 +205,8 @@ def test_quantised_base_is_refused_with_the_reason(tmp_path: Path, tokenizer: An
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"peft_type": "IA3"}, "is a IA3 adapter"), ({"task_type": "SEQ_CLS"}, "is an adapter for SEQ_CLS")]
+    ("changes", "message"),
+    [({"peft_type": "IA3"}, "is a IA3 adapter"), ({"task_type": "TOKEN_CLS"}, "is an adapter for TOKEN_CLS")],
 )
 def test_adapters_of_another_kind(tmp_path: Path, tokenizer: Any, changes: dict[str, str], message: str) -> None:
     base = save_base(tmp_path / "base", tokenizer)

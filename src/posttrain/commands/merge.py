@@ -13,6 +13,7 @@ from posttrain.model.certificate import Certificate
 from posttrain.model.embedded import resolve_model
 from posttrain.model.load import DType, load_tokenizer
 from posttrain.model.merge import WriteOptions, merge_adapter, merge_tokenizer_folder
+from posttrain.model.score_certificate import ScoreCertificate
 from posttrain.training import artifacts
 
 WEAK = 0.9  # share of the adapter's effect below which the user is told
@@ -46,7 +47,7 @@ def merge(
     resize_emb: bool = False,
     dtype: DType = "auto",
     write: WriteOptions = WriteOptions(),  # noqa: B008 (frozen)
-) -> Certificate:
+) -> Certificate | ScoreCertificate:
     """Write the merged folder. The tokenizer and its template are those that the adapter was trained with."""
     folder = merge_tokenizer_folder(base_model, lora_model, tokenizer_path)
     tokenizer = load_tokenizer(folder, trust_remote_code=write.trust_remote_code)

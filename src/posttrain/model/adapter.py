@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import pickle
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 # Leaf names that 'all' leaves alone: heads are trained whole or not at all, and a router that moves makes experts collapse.
 HEAD_NAMES = {"lm_head", "score", "v_head", "classifier"}
 ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
+LACKS_WEIGHTS = "Found missing adapter keys"  # how peft's warning begins
 FINGERPRINT = "base_fingerprint"  # key inside the adapter config's `auto_mapping`, which peft keeps and does not read
 
 
@@ -91,7 +93,12 @@ def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = True) -
             f" (weights {expected[:8]}, here {actual[:8]})"
         )
     try:
-        adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", LACKS_WEIGHTS)  # what is not in the file would stay random
+            adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    except (UserWarning, KeyError) as error:
+        first = str(error).split("'")[1]  # both quote the names
+        raise UserError(f"{path}: lacks weights of the adapter it describes, the first is {first}") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: adapter_model.bin holds more than weights, and code from a file is not run") from error
     except (RuntimeError, ValueError) as error:
@@ -107,6 +114,11 @@ def read_adapter_config(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: no adapter_config.json in it, so it is not an adapter folder")
     settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return settings
+
+
+def is_reward_adapter(settings: dict[str, Any]) -> bool:
+    """Whether an adapter_config.json is that of a reward model's adapter, which holds a score head."""
+    return settings.get("task_type") == "SEQ_CLS" or HEAD in (settings.get("modules_to_save") or [])
 
 
 def base_fingerprint(model: PreTrainedModel) -> str | None:
@@ -195,7 +207,7 @@ def _check_names(flag: str, names: list[str], known: set[str], shown: set[str] |
 
 def _check_head(model: PreTrainedModel, settings: dict[str, Any], path: str) -> None:
     """Raises UserError where only one of model and adapter has a score head."""
-    scores = settings.get("task_type") == "SEQ_CLS" or HEAD in (settings.get("modules_to_save") or [])
+    scores = is_reward_adapter(settings)
     if scores and not has_score_head(model):
         raise UserError(f"{path}: is the adapter of a reward model; its score head does not fit a causal language model")
     if has_score_head(model) and not scores:

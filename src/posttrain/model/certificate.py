@@ -71,19 +71,20 @@ class Certificate:
                 f"  mean KL divergence        {self.mean_kl_nats:.2e}  (allowed {self.mean_kl_nats_allowed:.2e}; largest {self.max_kl_nats:.2e})",
                 f"  same first choice         {100 * self.argmax_agreement:.1f} % of tokens",
                 f"  the adapter itself        {self.adapter_kl_nats:.2e} KL against the base; {100 * self.kept:.1f} % of it kept",
-                f"  head {'tied' if self.tied_head else 'untied'}; tokenizer {_equal(self.tokenizer_equal)};"
-                f" chat template {_equal(self.template_equal)}",
+                f"  head {'tied' if self.tied_head else 'untied'}; tokenizer {as_trained(self.tokenizer_equal)};"
+                f" chat template {as_trained(self.template_equal)}",
             ]
         )
 
 
-def _equal(same: bool) -> str:
+def as_trained(same: bool) -> str:
+    """How a line of the certificate says whether something came out unchanged."""
     return "as trained" if same else "CHANGED"
 
 
 @dataclass(frozen=True)
 class References:
-    """Logits (tokens, V) in float32: of base + adapter, of the base alone, of the float32 sum before it is rounded."""
+    """Logits (tokens, V) or scores (tokens,) in float32: of base + adapter, of the base alone, of the float32 sum before it is rounded."""
 
     expected: Tensor
     base_alone: Tensor
@@ -122,7 +123,7 @@ def certify(
         argmax_agreement=(expected.argmax(-1) == actual.argmax(-1)).float().mean().item(),
         adapter_kl_nats=kl_nats(expected, references.base_alone).mean().item(),
         tied_head=head is not None and head.weight is model.get_input_embeddings().weight,
-        tokenizer_equal=_same_tokenizer(tokenizer, again),
+        tokenizer_equal=same_tokenizer(tokenizer, again),
         template_equal=tokenizer.chat_template == again.chat_template,
     )
 
@@ -136,7 +137,8 @@ def kl_nats(expected: Tensor, actual: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _same_tokenizer(tokenizer: Any, again: Any) -> bool:
+def same_tokenizer(tokenizer: Any, again: Any) -> bool:
+    """Whether two tokenizers have the same vocabulary, marks and ids for the fixed texts."""
     same_ids = all(tokenizer(prompt)["input_ids"] == again(prompt)["input_ids"] for prompt in PROMPTS)
     same_marks = (tokenizer.eos_token_id, tokenizer.pad_token_id) == (again.eos_token_id, again.pad_token_id)
     return same_ids and same_marks and tokenizer.get_vocab() == again.get_vocab()

@@ -89,10 +89,15 @@ def _repair_eos(tokenizer: Any, name: str, declared: int | None) -> None:
 
 
 def _repair_pad(tokenizer: Any, name: str) -> None:
-    vocabulary = tokenizer.get_vocab()
-    unused = [t for t in PAD_CANDIDATES if t in vocabulary and t not in (tokenizer.eos_token, tokenizer.bos_token)]
+    unused = unused_tokens(tokenizer)
     tokenizer.pad_token = unused[0] if unused else tokenizer.eos_token
     logger.warning("%s: the tokenizer has no padding token; took %r", name, tokenizer.pad_token)
+
+
+def unused_tokens(tokenizer: Any) -> list[str]:
+    """Tokens of the vocabulary that are good for padding, best first."""
+    vocabulary = tokenizer.get_vocab()
+    return [t for t in PAD_CANDIDATES if t in vocabulary and t not in (tokenizer.eos_token, tokenizer.bos_token)]
 
 
 def load_model(

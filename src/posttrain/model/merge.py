@@ -5,11 +5,13 @@ The sum is computed in float32 and rounded once, to the type that is written.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from posttrain.model.adapter import load_adapter, read_adapter_config
+from posttrain.model.adapter import is_reward_adapter, load_adapter, read_adapter_config
 from posttrain.model.certificate import PROMPTS, Certificate, References, certify, logits
 from posttrain.model.embedded import resolve_model
 from posttrain.model.load import DType, load_model, read_config, resize_embeddings
+from posttrain.model.reward import has_score_head, load_reward_model, score_head, set_padding
+from posttrain.model.score_certificate import ScoreCertificate, certify_scores, token_scores
 from posttrain.types import UserError
 
 CERTIFICATE = "merge_certificate.json"
@@ -44,35 +48,36 @@ def merge_adapter(
     resize_emb: bool = False,
     dtype: DType = "auto",
     write: WriteOptions | None = None,
-) -> Certificate:
+) -> Certificate | ScoreCertificate:
     """Write `output`: weights, config, stop tokens, tokenizer with its template, certificate. Nothing is left there on failure.
 
-    `dtype` "auto" is the base's own. Raises UserError for a quantised base, an adapter of another base or kind, a vocabulary
+    The adapter of a reward model makes a reward model. `dtype` "auto" is the base's own. Raises UserError for a quantised base, an adapter of another base or kind, a vocabulary
     that needs `resize_emb`; RuntimeError when the certificate fails.
     """
     write = write or WriteOptions()
     check_output(output, base, adapter, write.overwrite)
-    config = read_config(base, write.trust_remote_code)
-    check_mergeable(base, config, read_adapter_config(adapter), adapter)
+    settings = read_adapter_config(adapter)
+    reward = is_reward_adapter(settings)
+    config = read_config(base, write.trust_remote_code, score_head=reward)
+    check_mergeable(base, config, settings, adapter)
     stored = str(config.dtype or torch.float32).removeprefix("torch.")
     written = stored if dtype == "auto" else dtype
-    model = load_model(base, "float32", trust_remote_code=write.trust_remote_code)
+    load = load_reward_model if reward else load_model
+    model = load(base, "float32", trust_remote_code=write.trust_remote_code)
     _fit_vocabulary(model, tokenizer, adapter, resize_emb)
     adapted = load_adapter(model, adapter, trainable=False).eval()
     ids = [prompt_ids for prompt in PROMPTS if (prompt_ids := tokenizer(prompt, return_tensors="pt")["input_ids"]).numel()]
-    expected = logits(adapted, ids)
-    with adapted.disable_adapter():
-        base_alone = logits(adapted, ids)
-    merged = _merge(adapted, adapter).eval()
-    references = References(expected, base_alone, logits(merged, ids))
+    merged, references = _sum(adapted, adapter, ids)
     _set_stops(merged, tokenizer, write.stop_token_ids)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
-        merged.to(getattr(torch, written)).save_pretrained(work, max_shard_size=write.max_shard_size)
+        _round(merged, getattr(torch, written)).save_pretrained(work, max_shard_size=write.max_shard_size)
         tokenizer.save_pretrained(work)
         del model, adapted, merged  # the reading back needs the memory
         gc.collect()
-        certificate = certify(Path(work), (base, adapter, written), tokenizer, ids, references, write.trust_remote_code)
+        certificate = (certify_scores if reward else certify)(
+            Path(work), (base, adapter, written), tokenizer, ids, references, write.trust_remote_code
+        )
         if not certificate.ok:
             raise RuntimeError(f"the merged model is not base + adapter; nothing was written\n{certificate}")
         content = {**asdict(certificate), "adapter_kept": certificate.kept, "ok": certificate.ok}
@@ -115,8 +120,10 @@ def check_mergeable(base: str, config: Any, settings: dict[str, Any], adapter: s
         raise UserError(
             f"--lora_model {adapter}: is a {settings.get('peft_type')} adapter; only LoRA can be added to the weights"
         )
-    if settings.get("task_type") not in (None, "CAUSAL_LM"):
-        raise UserError(f"--lora_model {adapter}: is an adapter for {settings['task_type']}, not for a causal language model")
+    if settings.get("task_type") not in (None, "CAUSAL_LM", "SEQ_CLS"):
+        raise UserError(
+            f"--lora_model {adapter}: is an adapter for {settings['task_type']}, not for a causal language model or a reward model"
+        )
 
 
 def _fit_vocabulary(model: PreTrainedModel, tokenizer: Any, adapter: str, resize_emb: bool) -> None:
@@ -131,21 +138,47 @@ def _fit_vocabulary(model: PreTrainedModel, tokenizer: Any, adapter: str, resize
     resize_embeddings(model, tokenizer)
 
 
+def _sum(adapted: PeftModel, adapter: str, ids: list[torch.Tensor]) -> tuple[PreTrainedModel, References]:
+    """The merged model, and what it is held to: logits, or a reward model's scores under its trained head."""
+    measure: Callable[..., torch.Tensor] = logits
+    if has_score_head(adapted):
+        measure = functools.partial(token_scores, weight=score_head(adapted).weight.detach().clone())
+    expected = measure(adapted, ids)
+    with adapted.disable_adapter():
+        base_alone = measure(adapted, ids)
+    merged = _merge(adapted, adapter).eval()
+    return merged, References(expected, base_alone, (token_scores if has_score_head(merged) else logits)(merged, ids))
+
+
 def _merge(adapted: PeftModel, adapter: str) -> PreTrainedModel:
     try:
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:  # what peft raises over a NaN
         raise UserError(f"--lora_model {adapter}: holds weights that are not numbers ({error})") from error
+    if has_score_head(merged):
+        return merged
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
     # An adapter that trained only one of a tied pair leaves two different tensors; saying so keeps both in the file.
     merged.config.tie_word_embeddings = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
     return merged
 
 
+def _round(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in the type it is written in. A score head stays in float32: it is small, and scores are told apart by it."""
+    kept = score_head(model).weight.detach().clone() if has_score_head(model) else None
+    model.to(dtype)
+    if kept is not None:
+        score_head(model).weight.data = kept
+    return model
+
+
 def _set_stops(model: PreTrainedModel, tokenizer: Any, stop_token_ids: tuple[int, ...] | None) -> None:
     """End and padding tokens, where servers look for them."""
-    settings = model.generation_config
     ids = list(stop_token_ids) if stop_token_ids else [tokenizer.eos_token_id]
+    if has_score_head(model):
+        set_padding(model, tokenizer, ids)
+        return
+    settings = model.generation_config
     settings.eos_token_id = ids if len(ids) > 1 else ids[0]
     settings.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = settings.eos_token_id

@@ -7,6 +7,7 @@ from the family's decoder. The head is kept in float32 whatever the decoder's ty
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import types
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -23,12 +24,14 @@ from transformers.models.auto.modeling_auto import (
 
 from posttrain.model.attention import find_decoder, unwrap
 from posttrain.model.embedded import resolve_model
-from posttrain.model.load import DType, hardware_dtype, read_config, read_weights, stores_score_head
+from posttrain.model.load import DType, hardware_dtype, read_config, read_weights, stores_score_head, unused_tokens
 from posttrain.model.router import balance_function
 from posttrain.types import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+logger = logging.getLogger(__name__)
 
 HEAD = "score"  # its name in every decoder's classifier of transformers
 
@@ -84,6 +87,28 @@ def score_head(model: nn.Module) -> Any:
     if not has_score_head(model):
         raise TypeError(f"{type(unwrap(model)).__name__} has no score head")
     return getattr(unwrap(model), HEAD)
+
+
+def library_class(model: PreTrainedModel) -> type[PreTrainedModel] | None:
+    """The class of transformers' that loads a saved reward model; None where only `load_reward_model` does."""
+    theirs: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
+    return theirs if theirs in type(model).__mro__ else None
+
+
+def set_padding(model: PreTrainedModel, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
+    """Name the padding token in the config: one that ends no chat, if there is any (then it becomes the tokenizer's, too).
+
+    A model class of transformers reads the score at the last token that is not padding. Were that the stop token, which ends every
+    chat, it would read the score before it.
+    """
+    if tokenizer.pad_token_id in stop_token_ids:
+        others = unused_tokens(tokenizer)
+        others = [token for token in others if tokenizer.convert_tokens_to_ids(token) not in stop_token_ids]
+        if others:
+            tokenizer.pad_token = others[0]
+        else:
+            logger.warning("the padding token is the stop token: plain transformers will read scores one token too early")
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def install_scores(model: nn.Module) -> None:
