@@ -7,6 +7,7 @@ values_M holds V of the state before the token.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,13 +119,15 @@ def install_switch(model: nn.Module) -> None:
     """Make every decoder layer switch to the adapter that rides along as the keyword `adapter_on`.
 
     Under gradient checkpointing a layer is computed again in the backward pass, when another role's adapter may be on: the keyword is
-    replayed with the layer's other arguments, so that it computes what it computed before. Safe to call again.
+    replayed with the layer's other arguments, so that it computes what it computed before. The hook sits on the layer's children,
+    of which attention, the first to compute, is handed all keywords: hooks of the layer itself run outside the checkpoint.
     """
     if getattr(model, "_posttrain_switch", False):
         return
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.register_forward_pre_hook(_switch_layer, with_kwargs=True)
+            for child in layer.children():
+                child.register_forward_pre_hook(functools.partial(_switch_layer, layer=layer), with_kwargs=True)
     model._posttrain_switch = True  # type: ignore[assignment]
 
 
@@ -137,7 +140,7 @@ def _riding(role: Role) -> dict[str, Any]:
 
 
 def _switch_layer(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    _child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, layer: nn.Module
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if "adapter_on" not in kwargs:
         return None
