@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
     "dpo": Command("train", "direct preference optimization on pairs", (*_PAIRS, flags.DpoFlags, flags.RunFlags), True),
     "merge": Command("merge", "adapter + base -> one model folder", (flags.MergeFlags,)),
     "generate": Command("generate", "answer a file of prompts", (flags.InferenceFlags, flags.GenerateFlags, flags.SamplingFlags)),
+    "score": Command("score", "rate a file of chats or pairs by a reward model", (flags.InferenceFlags, flags.ScoreFlags)),
     "chat": Command("chat", "talk to a model in the terminal", (flags.InferenceFlags, flags.SamplingFlags)),
     "show": Command(
         "show", "print rows as the model sees them, trained tokens in colour",

@@ -7,7 +7,7 @@ assistant turn a Prompt. The rules on turns are those of `messages.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from posttrain.data.fields import Row, fail, first_key, kind_of, read_json, read_list, read_text
@@ -15,7 +15,7 @@ from posttrain.data.formats_pairs import CHOSEN_KEYS, REJECTED_KEYS, has_answers
 from posttrain.data.messages import Turn, check_order, read_message, read_tools, read_turns
 from posttrain.types import Chat, Example, Message, Pair, Prompt, RowError, Stage, Text, UserError
 
-Kind = Literal["text", "chat", "pair", "prompt"]
+Kind = Literal["text", "chat", "pair", "prompt", "rated"]  # rated: a chat that ends in an answer, or a pair
 Answer = Literal["required", "optional", "none"]  # whether the reader of a dialogue wants the answer as its last turn
 
 KIND_OF_STAGE: dict[Stage, Kind] = {"pt": "text", "sft": "chat", "rm": "pair", "dpo": "pair", "ppo": "prompt"}
@@ -29,6 +29,7 @@ _HINTS: dict[Kind, str] = {
     "chat": "a chat is wanted: conversations, messages, instruction and output, or question and answer",
     "pair": "a preference pair is wanted: a prompt or a conversation with `chosen` and `rejected`",
     "prompt": "a prompt is wanted: conversations, messages, instruction, question or prompt",
+    "rated": "a chat with its answer or a preference pair is wanted: conversations, messages, question and answer, …",
 }
 
 
@@ -177,6 +178,8 @@ def parse(row: object, source: str, kind: Kind | None = None, format: str = "aut
         name = "text"  # published dialogue sets often carry a rendered `text` beside the turns
     if kind is None:
         kind = "pair" if has_answers(row) else "text" if name == "text" else "chat"
+    if kind == "rated":
+        return _to_pair(row, source, name) if has_answers(row) else _to_answered(row, source, name)
     if kind == "text":
         return _to_text(row, source, name)
     if kind == "pair":
@@ -241,6 +244,16 @@ def _to_chat(row: Row, source: str, name: str) -> Chat:
             "every assistant turn has weight 0: nothing to train on" if all_context else "no assistant turn: nothing to train on",
         )
     return Chat(tuple(message for _, message in turns), source, read_tools(row, source))
+
+
+def _to_answered(row: Row, source: str, name: str) -> Chat:
+    """A chat whose last turn, the assistant's, is the one trained turn, whatever weights the row has."""
+    turns = _dialogue(row, source, name, "rated", "required")
+    field, last = turns[-1]
+    if last.role != "assistant":
+        fail(source, field, "the last turn is not the assistant's: there is no answer to rate")
+    messages = tuple(replace(message, trained=i == len(turns) - 1) for i, (_, message) in enumerate(turns))
+    return Chat(messages, source, read_tools(row, source))
 
 
 def _to_prompt(row: Row, source: str, name: str) -> Prompt:
