@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flag_probes_models import coded_model, other_model
+from flag_probes_models import coded_model, other_model, reward_adapter
 from posttrain.cli import main
 from posttrain.model import embedded
 from posttrain.training.trainer import ObjectiveTrainer
@@ -156,6 +156,9 @@ class Lab:
             return {"in_file": self.chats, "out_file": self.path("converted.jsonl")}
         if command == "merge":
             return {"base_model": self.model, "lora_model": self.adapter, "output_dir": self.path("merged")}
+        if command == "score":
+            files = {"data_file": self.chats, "output_file": self.path("scores.jsonl")}
+            return {"base_model": self.model, "lora_model": self.reward_adapter, "dtype": "float32", **files}
         prompts = {"data_file": self.prompts, "output_file": self.path("answers.jsonl")} if command == "generate" else {}
         return {"base_model": self.model, "max_new_tokens": 8, "dtype": "float32", "temperature": 0, **prompts}
 
@@ -221,6 +224,11 @@ class Lab:
     def merged(self) -> Path:
         """The model with that adapter in its weights."""
         return self.good("merge").folder
+
+    @functools.cached_property
+    def reward_adapter(self) -> Path:
+        """The adapter of a reward model."""
+        return reward_adapter(self.model, self.root / "reward-adapter")
 
     @functools.cached_property
     def prompts(self) -> Path:

@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from conftest import tiny_llama
+from posttrain.model.adapter import Lora, attach_lora
+from posttrain.model.reward import load_reward_model
 
 
 def other_model(model: Path, folder: Path) -> Path:
@@ -52,4 +55,17 @@ def coded_model(model: Path, folder: Path) -> Path:
     for name, change in changes.items():
         file = folder / name
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    return folder
+
+
+def reward_adapter(model: Path, folder: Path, seed: int = 0) -> Path:
+    """An untrained reward model's adapter on the tiny model: its head and matrices are random."""
+    torch.manual_seed(seed)
+    adapted = attach_lora(load_reward_model(str(model), "float32"), Lora())
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     return folder

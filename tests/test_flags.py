@@ -21,6 +21,7 @@ import flag_probes_commands  # noqa: F401
 import flag_probes_data  # noqa: F401
 import flag_probes_outside  # noqa: F401
 import flag_probes_schedule  # noqa: F401
+import flag_probes_score  # noqa: F401
 import flag_probes_train  # noqa: F401
 from flag_probes import PROBES, Lab, family
 from flag_probes_library import LIBRARY, Field
@@ -197,10 +198,10 @@ def test_an_old_word_is_taken_where_it_makes_sense(word: str) -> None:
 def test_the_commands_of_some_old_words() -> None:
     """Written out, so that the rule above is seen at work."""
     assert commands_of_old_word("group_by_length") == ["pt", "sft"]
-    assert commands_of_old_word("torch_dtype") == ["pt", "sft", "merge", "generate", "chat"]
+    assert commands_of_old_word("torch_dtype") == ["pt", "sft", "merge", "generate", "score", "chat"]
     assert commands_of_old_word("max_seq_length") == ["pt", "sft", "show"]
     assert commands_of_old_word("model_max_length") == ["pt"]
-    assert commands_of_old_word("model_type") == ["merge", "generate", "chat", "show"]
+    assert commands_of_old_word("model_type") == ["merge", "generate", "score", "chat", "show"]
     got = config.parse("pt", cli.COMMANDS["pt"].groups, True, ["--model_name_or_path", "m", "--cutoff_len", "77"])
     assert got["block_size"] == 77
 
