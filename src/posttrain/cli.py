@@ -34,6 +34,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "rm": Command("train", "reward model on preference pairs", (*_PAIRS, flags.RewardFlags, flags.RunFlags), True),
     "dpo": Command("train", "direct preference optimization on pairs", (*_PAIRS, flags.DpoFlags, flags.RunFlags), True),
+    "ppo": Command(
+        "ppo", "reinforcement learning from rewards (PPO)",
+        (
+            flags.ModelFlags, flags.AdapterFlags, flags.DataFlags, flags.PrepareFlags, flags.TemplateFlags, flags.PromptFlags,
+            flags.RewardSourceFlags, flags.PpoFlags, flags.LoopFlags, flags.RunFlags,
+        ),
+    ),
     "merge": Command("merge", "adapter + base -> one model folder", (flags.MergeFlags,)),
     "generate": Command("generate", "answer a file of prompts", (flags.InferenceFlags, flags.GenerateFlags, flags.SamplingFlags)),
     "score": Command("score", "rate a file of chats or pairs by a reward model", (flags.InferenceFlags, flags.ScoreFlags)),

@@ -183,18 +183,26 @@ class PpoFlags:
     mini_batch_size: int = flag(16, "Episodes (answers) of an optimizer step, over all processes.")
     num_ppo_epochs: int = flag(2, "Passes over a rollout.")
     temperature: float = flag(1.0, "Of the sampled answers. The log-probs of the update are those at this temperature.")
-    init_kl_coef: float = flag(0.05, "Weight β of the KL penalty in the reward; with --adap_kl_ctrl where it starts. 0: no reference.")
+    init_kl_coef: float = flag(
+        0.05, "Weight β of the KL penalty in the reward; with --adap_kl_ctrl where it starts. 0: no reference."
+    )
     adap_kl_ctrl: bool = flag(False, "Let β follow the measured KL towards --kl_target (arXiv 1909.08593).")
     kl_target: float = flag(6.0, "KL to the reference that β is steered to, in nats an answer. Also the mark of the KL guard.")
     kl_horizon: int = flag(10000, "Episodes over which β is steered.")
-    early_stopping: bool = flag(False, "Skip the rest of a rollout's updates once the policy has moved too far from it: see --target_kl.")
+    early_stopping: bool = flag(
+        False, "Skip the rest of a rollout's updates once the policy has moved too far from it: see --target_kl."
+    )
     target_kl: float = flag(0.1, "Divergence from the rollout's policy that --early_stopping allows (× 1.5), in nats a token.")
     cliprange: float = flag(0.2, "The probability ratio counts within 1 ± this.")
-    dual_clip: float | None = flag(None, "Bound of the loss of tokens with a negative advantage (arXiv 1912.09729); 3 is usual. Off by default.")
+    dual_clip: float | None = flag(
+        None, "Bound of the loss of tokens with a negative advantage (arXiv 1912.09729); 3 is usual. Off by default."
+    )
     cliprange_value: float = flag(0.2, "A value counts within ± this of what it was at the rollout.")
     vf_coef: float = flag(0.1, "Weight of the value loss.")
     entropy_coef: float = flag(0.0, "Weight of an entropy bonus.")
-    kl_loss_coef: float = flag(0.0, "Weight of the divergence from the reference (k3) as a term of the loss, beside the penalty in the reward.")
+    kl_loss_coef: float = flag(
+        0.0, "Weight of the divergence from the reference (k3) as a term of the loss, beside the penalty in the reward."
+    )
     gamma: float = flag(1.0, "Discount of a reward one token later.")
     lam: float = flag(0.95, "λ of generalised advantage estimation (arXiv 1506.02438).")
     whiten_rewards: bool = flag(True, "Divide rewards by their standard deviation; their mean stays.")
@@ -203,9 +211,12 @@ class PpoFlags:
     reward_baseline: float = flag(0.0, "Taken from every score.")
     score_clip: float | None = flag(None, "Scores are clipped to ± this. Off by default.")
     value_sharing: Literal["adapter", "trunk"] = flag(
-        "adapter", "adapter: values by an adapter of their own. trunk: by a head on the policy's hidden states, one pass for both."
+        "adapter",
+        "adapter: values by an adapter of their own. trunk: by a head on the policy's hidden states, one pass for both.",
     )
-    guards: bool = flag(True, "End the run, with a line, when KL, entropy, stop rate or length run away or a number is not finite.")
+    guards: bool = flag(
+        True, "End the run, with a line, when KL, entropy, stop rate or length run away or a number is not finite."
+    )
 
 
 @dataclass(frozen=True)
@@ -242,6 +253,27 @@ class LoopFlags:
     save_total_limit: int | None = flag(None, "Keep only the newest n checkpoints.")
     report_to: Literal["none", "tensorboard", "wandb"] = flag("tensorboard", "Where metrics go beside metrics.jsonl.")
     resume_from_checkpoint: str | None = flag(None, "auto (the last whole checkpoint if any), True (it must exist), or a folder.")
+
+
+@dataclass(frozen=True)
+class RewardSourceFlags:
+    """Scores"""
+
+    reward_model_name_or_path: str | None = flag(
+        None,
+        "Reward model in a folder of its own, or any classifier of one label, or of two, by folder or hub name. Made with the policy's"
+        " tokenizer and template it reads the policy's tokens, else the text.",
+    )
+    reward_adapter: str | None = flag(None, "Adapter of a reward model on the policy's base: costs no second model.")
+    reward_func: str | None = flag(
+        None,
+        "Function that scores answers, module:function or path/to/file.py:function, or several a,b. It is called with the columns that"
+        " it names of prompts, answers, answer_ids, prompt_ids, tools, sources, stopped (**kwargs: all) and returns a number each.",
+    )
+    reward_weights: str | None = flag(
+        None, "Weights of several scores, in the order adapter, model, functions: 1.0,0.5. [default: 1 each]"
+    )
+    reward_batch_size: int = flag(8, "Answers that a reward model in a folder of its own scores at once.")
 
 
 @dataclass(frozen=True)

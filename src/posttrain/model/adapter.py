@@ -132,7 +132,9 @@ def base_fingerprint(model: PreTrainedModel) -> str | None:
     if getattr(model, "is_quantized", False):
         return None
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    # Adapters that are on the model already leave no trace: neither their own weights nor the level that peft adds to names.
+    named = ((name.replace(".base_layer.", "."), p) for name, p in model.named_parameters() if ".lora_" not in name)
+    for name, parameter in sorted(named, key=lambda pair: pair[0]):
         if id(parameter) in left_out:
             continue
         flat = parameter.detach().reshape(-1)

@@ -85,11 +85,11 @@ def _token_forward(
     targets_N: Tensor,
     temperature: float = 1.0,
     entropy: bool = False,
-    hidden_at_M: Tensor | None = None,
     **inputs: Any,
 ) -> TokenLogprobs:
     """The forward for tokens: decoder, then the head at `predict_N`."""
     inputs = {key: value for key, value in inputs.items() if value is not None and key != "return_dict"}  # PEFT passes None
+    hidden_at_M: Tensor | None = inputs.pop("hidden_at_M", None)
     balanced = bool(inputs.pop("output_router_logits", getattr(core.config, "output_router_logits", False)))
     if balanced:
         inputs["output_router_logits"] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from posttrain.model.attention import unwrap
-from posttrain.types import UserError
+from posttrain.model.attention import NAME, unwrap
+from posttrain.types import Segment, SegmentTable, UserError
 
 ROOM_TOKENS = 64  # a layer's cache grows by so many tokens at a time
 # Rows that have stopped leave when they are this share of the batch: it costs a copy of the cache of those that stay.
@@ -83,9 +84,12 @@ class Continuation:
         accepted = inspect.signature(core.forward).parameters
         self._model = model
         self._takes_positions = "position_ids" in accepted  # without rotary or learned positions (ALiBi) the mask tells them
-        self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._takes_wanted = "logits_to_keep" in accepted
+        self._last = torch.tensor([-1], device=core.device)
         self._cache = DynamicCache(config=core.config)
         self._cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self._cache.layers]
+        plain = all(type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) for layer in self._cache.layers)
+        self._packs = plain and core.config._attn_implementation == NAME
         self._ids_BT, mask_BT = left_pad(prompts, pad_id, core.device)
         self._mask_BT = F.pad(mask_BT, (0, room_tokens), value=1)
         self._width = mask_BT.shape[1]
@@ -95,34 +99,54 @@ class Continuation:
 
     def prefill(self) -> Tensor:
         """Logits (B, V) of the first new token, in float32."""
-        positions_BT = (self._mask_BT[:, : self._width].cumsum(1) - 1).clamp(min=0)
-        return self._forward(self._ids_BT, positions_BT)
+        mask_BT = self._mask_BT[:, : self._width]
+        positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        if self._packs:
+            return self._prefill_packed(mask_BT.bool(), positions_BT)
+        return self._logits(self._ids_BT, self._last, self._cache, attention_mask=mask_BT, **self._positions(positions_BT))[:, 0]
 
     def append(self, tokens_B: Tensor) -> Tensor:
         """Logits (B, V) of the token after `tokens_B`, in float32."""
-        positions_BT = self._next_B[:, None]
+        positions = self._positions(self._next_B[:, None])
         self._next_B = self._next_B + 1
         self._width += 1
-        return self._forward(tokens_B[:, None], positions_BT)
+        mask_BT = self._mask_BT[:, : self._width]
+        return self._logits(tokens_B[:, None], self._last, self._cache, attention_mask=mask_BT, **positions)[:, 0]
 
     def take(self, rows_B: Tensor) -> None:
         """Go on with these rows, in this order; a row may be taken more than once."""
         self._cache.reorder_cache(rows_B)  # the one selection of rows that every kind of layer has
         self._mask_BT, self._next_B = self._mask_BT[rows_B], self._next_B[rows_B]
 
-    def _forward(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    def _positions(self, positions_BT: Tensor) -> dict[str, Tensor]:
+        return {"position_ids": positions_BT} if self._takes_positions else {}
+
+    def _prefill_packed(self, mask_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """The prompts as segments of one row: nothing is computed for padding. Their keys and values then go where rows have them."""
+        ends = list(itertools.accumulate(mask_BT.sum(1).tolist()))
+        table = SegmentTable(tuple(Segment(a, b) for a, b in itertools.pairwise([0, *ends])))
+        last = torch.tensor(ends, device=mask_BT.device) - 1
+        packed = DynamicCache()
+        row = {"position_ids": positions_BT[mask_BT][None], "segments": table}
+        logits_BV = self._logits(self._ids_BT[mask_BT][None], last, packed, **row)[0]
+        # The token of the row at each place; before a prompt any will do, for the mask hides it.
+        token_BT = (mask_BT.flatten().cumsum(0) - 1).clamp(min=0).view_as(mask_BT)
+        for layer, from_row in zip(self._cache.layers, packed.layers, strict=True):
+            layer.update(*(states[0][:, token_BT].transpose(0, 1) for states in (from_row.keys, from_row.values)))
+        return logits_BV
+
+    def _logits(self, ids_BT: Tensor, wanted: Tensor, cache: DynamicCache, **inputs: Any) -> Tensor:
+        """Logits (B, wanted, V) at the positions `wanted`, in float32.
+
+        Their index copies them. A slice of the last ones (`logits_to_keep=1`) is not contiguous, and with a frozen head torch then
+        multiplies row by row with as many copies of the vocabulary's matrix as there are rows.
+        """
         self.forward_passes += 1
         self.forward_tokens += ids_BT.numel()
-        output = self._model(
-            input_ids=ids_BT,
-            attention_mask=self._mask_BT[:, : self._width],
-            past_key_values=self._cache,
-            use_cache=True,
-            **({"position_ids": positions_BT} if self._takes_positions else {}),
-            **self._last_only,
-        )
-        logits_BV: Tensor = output.logits[:, -1].float()
-        return logits_BV
+        if self._takes_wanted:
+            inputs["logits_to_keep"] = wanted
+        logits_BTV: Tensor = self._model(input_ids=ids_BT, past_key_values=cache, use_cache=True, **inputs).logits
+        return (logits_BTV if self._takes_wanted else logits_BTV[:, wanted]).float()
 
 
 def chooser(temperature: float, top_k: int, top_p: float) -> Choose:

@@ -121,6 +121,7 @@ def _check_data(config: Config) -> None:
         "dataset_weights": not config["train_file_dir"] and "several datasets in --train_file_dir",
         "max_eval_samples": not held_out and HELD_OUT_FLAGS,
         "shuffle_buffer_rows": stage == "pt" and not config["streaming"] and "--streaming True",
+        "prefix_sharing": stage in ("rm", "dpo") and not config["padding_free"] and "--padding_free True",
     }
     for name, needed in idle.items():
         if needed and config.given(name):

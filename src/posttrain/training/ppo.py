@@ -1,0 +1,258 @@
+"""PPO, the whole loop (arXiv 1707.06347, 1909.08593): prompts → answers → scores → log-probs and values → advantages → updates.
+
+Explicit on Accelerate. A step's prompts, its samples and the order of its minibatches follow from (seed, step) alone, so a resumed run
+needs no random state. All statistics are sums over the ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from posttrain.model.policy_value import PolicyAndValue, Role
+from posttrain.objectives.advantages import explained_variance
+from posttrain.objectives.guards import Guards, early_stop
+from posttrain.objectives.kl import KlController, kl_estimate
+from posttrain.objectives.ppo import PpoLoss
+from posttrain.training.episodes import Episode
+from posttrain.training.ppo_rollout import Cutter, RewardShape, Rollout, add_advantages, group_episodes, measure
+from posttrain.training.rollout import RolloutFigures, Sampling
+from posttrain.training.sums import Sums, averages
+
+Score = Callable[[Sequence[Episode]], tuple[list[float], dict[str, list[float]]]]  # scores, and those of each source
+Answer = Callable[[Sequence[dict[str, Any]], Sampling, int, Sequence[int], RolloutFigures], list[Episode]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of the loop, all over all processes."""
+
+    max_steps: int  # rollouts
+    rollout_batch_size: int  # prompts a rollout
+    mini_batch_size: int  # episodes an optimizer step
+    num_ppo_epochs: int  # passes over a rollout
+    max_grad_norm: float
+    seed: int
+    logging_steps: int = 1
+    save_steps: int = 0
+    eval_steps: int = 0
+    early_stop_nats: float | None = None  # of the divergence from the rollout's policy: the rest of its updates is skipped
+
+    def optimizer_steps(self, num_generations: int) -> int:
+        """Of the whole run, for the schedule of the learning rate."""
+        return self.max_steps * self.num_ppo_epochs * (self.rollout_batch_size * num_generations // self.mini_batch_size)
+
+
+@dataclass
+class Loop:
+    """What the loop works with. `wrapped` is `trained` as the engine wraps it."""
+
+    accelerator: Accelerator
+    trained: PolicyAndValue
+    wrapped: Any
+    reference: Role | None
+    optimizer: Any
+    schedule: Any
+    prompts: Any  # rows of EncodePrompt
+    held_out: Any | None
+    answer: Answer
+    score: Score
+    sampling: Sampling
+    cutter: Cutter
+    objective: PpoLoss
+    shape: RewardShape
+    kl: KlController
+    guards: Guards
+    plan: Plan
+    on_log: Callable[[int, dict[str, float], Rollout | None], None]
+    on_save: Callable[[Loop], None]
+    step: int = 0  # rollouts done
+    figures: RolloutFigures = field(default_factory=RolloutFigures)
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks."""
+        moved = tensor.to(self.accelerator.device)
+        return self.accelerator.reduce(moved, "sum") if self.accelerator.num_processes > 1 else moved
+
+
+def train(loop: Loop) -> str | None:
+    """Run to `max_steps`. Returns the line of a guard that ended the run before, else None."""
+    plan = loop.plan
+    if plan.eval_steps and loop.step == 0:
+        loop.on_log(0, evaluate(loop), None)
+    while loop.step < plan.max_steps:
+        clock = Clock()
+        rollout = collect(loop, clock)
+        with clock.time("measure"), loop.accelerator.autocast():
+            measure(rollout, loop.trained, loop.reference, loop.cutter, loop.sampling.temperature)
+            plain_N = add_advantages(rollout, loop.shape, loop.kl.coef, loop.reduce)
+        sums = rollout_sums(loop, rollout, plain_N)
+        coef = loop.kl.coef
+        with clock.time("update"):
+            early = update(loop, rollout, sums)
+        loop.step += 1
+        metrics = step_metrics(loop, rollout, sums, clock) | {"kl_coef": coef, "early_stop": float(early)}
+        if "kl_nats" in metrics:
+            loop.kl.update(metrics["kl_nats"], plan.rollout_batch_size * loop.sampling.num_generations)
+        objection = loop.guards.check(loop.step, metrics)
+        if loop.step % plan.logging_steps == 0 or objection or loop.step == plan.max_steps:
+            loop.on_log(loop.step, metrics, rollout)
+        if objection:
+            return objection  # nothing is saved over the last good checkpoint
+        if plan.eval_steps and (loop.step % plan.eval_steps == 0 or loop.step == plan.max_steps):
+            loop.on_log(loop.step, evaluate(loop), None)
+        if plan.save_steps and loop.step % plan.save_steps == 0:
+            loop.on_save(loop)
+    return None
+
+
+def prompt_indices(n_rows: int, first: int, count: int, seed: int) -> list[int]:
+    """Rows number `first` … `first + count − 1` of an endless stream of permutations, each drawn from (seed, epoch)."""
+    found = []
+    permutations: dict[int, list[int]] = {}
+    for number in range(first, first + count):
+        epoch, place = divmod(number, n_rows)
+        if epoch not in permutations:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            permutations[epoch] = torch.randperm(n_rows, generator=generator).tolist()
+        found.append(permutations[epoch][place])
+    return found
+
+
+def collect(loop: Loop, clock: Clock) -> Rollout:
+    """This process's share of a rollout: answers and their scores."""
+    size, rank, world = loop.plan.rollout_batch_size, loop.accelerator.process_index, loop.accelerator.num_processes
+    first = loop.step * size
+    rows = prompt_indices(len(loop.prompts), first, size, loop.plan.seed)[rank::world]
+    numbers = list(range(first, first + size))[rank::world]
+    with clock.time("rollout"), loop.accelerator.autocast():
+        loop.figures = RolloutFigures()
+        episodes = loop.answer([loop.prompts[row] for row in rows], loop.sampling, loop.plan.seed, numbers, loop.figures)
+    with clock.time("score"), loop.accelerator.autocast():
+        scores, by_source = loop.score(episodes)
+    device = loop.accelerator.device
+    rollout = Rollout(group_episodes(episodes, loop.sampling.num_generations), episodes, torch.tensor(scores, device=device))
+    rollout.columns |= {f"score_{name}": torch.tensor(values, device=device) for name, values in by_source.items()}
+    return rollout
+
+
+def update(loop: Loop, rollout: Rollout, sums: Sums) -> bool:
+    """K passes of clipped updates over the rollout. Returns whether they ended early."""
+    plan, world = loop.plan, loop.accelerator.num_processes
+    groups_a_step = plan.mini_batch_size // loop.sampling.num_generations // world
+    for epoch in range(plan.num_ppo_epochs):
+        generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + loop.step) * 1_009 + epoch)
+        order = torch.randperm(len(rollout.groups), generator=generator).tolist()
+        for start in range(0, len(order), groups_a_step):
+            divergence = update_once(loop, rollout, order[start : start + groups_a_step], sums)
+            if plan.early_stop_nats is not None and early_stop(divergence(), plan.early_stop_nats):
+                return True
+    return False
+
+
+def update_once(loop: Loop, rollout: Rollout, indices: Sequence[int], sums: Sums) -> Callable[[], float]:
+    """One optimizer step on some groups, in parts that fit. Returns a function: how far the policy is from the rollout's (k3, nats)."""
+    parts = list(loop.cutter.parts(rollout.groups, indices))
+    weight = loop.reduce(torch.tensor(float(sum(len(a) for i in indices for a in rollout.groups[i][1]))))
+    own = Sums(loop.reduce)
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        with contextlib.nullcontext() if last else loop.accelerator.no_sync(loop.wrapped):
+            with loop.accelerator.autocast():
+                loss = loop.objective(loop.wrapped, rollout.minibatch(loop.cutter, part))
+            # The engine averages over ranks: multiply that away, so that the gradient is Σ / the response tokens of all ranks.
+            loop.accelerator.backward(loss.total * loop.accelerator.num_processes / weight)
+        for name, (total, count) in loss.metrics.items():
+            sums.add(name, total, count)
+            own.add(name, total, count)
+    norm = loop.accelerator.clip_grad_norm_(loop.trained.parameters(), loop.plan.max_grad_norm)
+    sums.add("grad_norm", float(norm), 1.0)
+    loop.optimizer.step()
+    loop.schedule.step()
+    loop.optimizer.zero_grad()
+    return lambda: averages(own.totals())["approx_kl_nats"]
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds by part of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Add what happens inside to a part."""
+        began = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+
+
+def rollout_sums(loop: Loop, rollout: Rollout, plain_N: Tensor | None) -> Sums:
+    """Sums over the rollout's episodes and tokens; `kl_nats` is the mean over episodes of Σ_t log π/π_ref (k1)."""
+    sums = Sums(loop.reduce)
+    columns, episodes = rollout.columns, float(len(rollout.episodes))
+    tokens = float(len(columns["old_logprobs_N"]))
+    sums.add("score", rollout.scores_S.sum(), episodes)
+    sums.add("_score_squared", rollout.scores_S.double().square().sum(), episodes)
+    for name in [name for name in columns if name.startswith("score_")]:
+        sums.add(name, columns[name].sum(), episodes)
+    sums.add("stop_rate", rollout.stopped_S.sum(), episodes)
+    sums.add("response_tokens", tokens, episodes)
+    sums.add("entropy_nats", columns["entropy_N"].sum(), tokens)
+    if plain_N is not None:
+        sums.add("reward", plain_N.sum(), episodes)
+    if "reference_N" in columns:
+        log_ratio_N = columns["old_logprobs_N"] - columns["reference_N"]
+        sums.add("kl_nats", log_ratio_N.sum(), episodes)
+        sums.add("kl_k3_nats", kl_estimate(columns["old_logprobs_N"], columns["reference_N"], "k3").sum(), tokens)
+    return sums
+
+
+def step_metrics(loop: Loop, rollout: Rollout, sums: Sums, clock: Clock) -> dict[str, float]:
+    """What is logged of a step. `explained_variance` is that of the values before the update."""
+    columns, plan = rollout.columns, loop.plan
+    explained = explained_variance(columns["returns_N"], columns["old_values_N"], loop.reduce)
+    tokens = float(len(columns["old_logprobs_N"]))
+    sums.add("_rollout_tokens", tokens, 1.0)
+    totals = sums.totals()
+    metrics = averages(totals)
+    metrics["score_std"] = max(totals["_score_squared"][0] / totals["_score_squared"][1] - metrics["score"] ** 2, 0.0) ** 0.5
+    if explained == explained:  # not a number where the returns do not vary
+        metrics["explained_variance"] = explained
+    everyone = totals["_rollout_tokens"][0]
+    metrics["rollout_tokens_per_second"] = everyone / max(clock.seconds["rollout"], 1e-9)
+    metrics["update_tokens_per_second"] = everyone * plan.num_ppo_epochs / max(clock.seconds["update"], 1e-9)
+    metrics |= {f"seconds_{part}": seconds for part, seconds in clock.seconds.items()}
+    metrics["learning_rate"] = loop.schedule.get_last_lr()[0]
+    return metrics
+
+
+def evaluate(loop: Loop) -> dict[str, float]:
+    """The likeliest answer to every held-out prompt, scored."""
+    rank, world = loop.accelerator.process_index, loop.accelerator.num_processes
+    assert loop.held_out is not None
+    rows = list(loop.held_out)[rank::world]
+    greedy = dataclasses.replace(loop.sampling, temperature=0.0, top_p=1.0, top_k=0, num_generations=1)
+    sums = Sums(loop.reduce)
+    if rows:
+        with loop.accelerator.autocast():
+            episodes = loop.answer(rows, greedy, loop.plan.seed, range(len(rows)), RolloutFigures())
+            scores, _ = loop.score(episodes)
+            rollout = Rollout(group_episodes(episodes, 1), episodes, torch.tensor(scores, device=loop.accelerator.device))
+            measure(rollout, loop.trained, loop.reference, loop.cutter, 1.0)
+        sums = rollout_sums(loop, rollout, None)
+    totals = sums.totals()
+    metrics = averages(totals)
+    metrics["score_std"] = max(totals["_score_squared"][0] / totals["_score_squared"][1] - metrics["score"] ** 2, 0.0) ** 0.5
+    return {f"eval_{name}": value for name, value in metrics.items() if name != "entropy_nats"}
