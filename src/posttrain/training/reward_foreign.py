@@ -80,7 +80,7 @@ class ForeignReward:
             "attention_mask": [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows],
         }
         # Only a model with types: others would take them for tokens (GPT-2), and the tokenizer may give them all the same.
-        if "token_type_ids" in rows[0] and False:
+        if "token_type_ids" in rows[0] and getattr(self.model.config, "type_vocab_size", None):
             padded["token_type_ids"] = [row["token_type_ids"] + [0] * (longest - len(row["token_type_ids"])) for row in rows]
         return {name: torch.tensor(column, device=self.model.device) for name, column in padded.items()}
 
