@@ -11,11 +11,11 @@ from posttrain.commands.report import say
 from posttrain.config import Config
 from posttrain.data.pack import collate, collate_padded
 from posttrain.data.pack_pairs import collate_pairs, collate_pairs_apart, collate_pairs_padded
-from posttrain.data.template import set_stop_tokens
+from posttrain.data.template import set_stop_tokens, stop_token_ids
 from posttrain.model.adapter import Lora, attach_lora, load_adapter, trainable_summary
 from posttrain.model.load import check_vocabulary, load_model, resize_embeddings
 from posttrain.model.logprobs import install_logprobs
-from posttrain.model.reward import install_scores, load_reward_model
+from posttrain.model.reward import install_scores, load_reward_model, set_padding
 from posttrain.objectives.dpo import DpoLoss, Preference
 from posttrain.objectives.lm import LanguageModel
 from posttrain.objectives.reward import Reward
@@ -41,7 +41,7 @@ def build_model(config: Config, tokenizer: Any) -> Any:
     if added and config["use_peft"] and not config["modules_to_save"]:
         logger.warning("the rows of %d new tokens stay as they start: --modules_to_save embed_tokens,lm_head trains them", added)
     if config.command == "rm":
-        model.config.pad_token_id = tokenizer.pad_token_id  # by which the library's own class finds the last token
+        set_padding(model, tokenizer, stop_token_ids(tokenizer))
     elif config.command != "pt":
         set_stop_tokens(tokenizer, model.generation_config)
     adapter = config.group(flags.AdapterFlags)
