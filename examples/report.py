@@ -7,6 +7,7 @@ from pathlib import Path
 
 WIDTH, HEIGHT, MARGIN = 640, 260, 46
 COLOURS = ("#4269d0", "#3ca951", "#d5553f")
+TITLES = {"before": "before SFT", "sft": "after SFT", "dpo": "after DPO", "ppo": "after PPO"}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2rem auto; padding: 0 1rem; color: #1d2430 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
@@ -18,17 +19,19 @@ svg text { font: 12px system-ui, sans-serif; fill: #5b6675 }
 
 
 def curve_svg(curves: dict[str, list[tuple[float, float]]]) -> str:
-    """Line chart of loss (nats per token) over optimizer steps, one line a series."""
+    """Line chart over steps, one line a series."""
     points = [point for series in curves.values() for point in series]
     steps, losses = [p[0] for p in points], [p[1] for p in points]
-    left, right, low, high = min(steps), max(max(steps), 1), min(losses) * 0.95, max(losses) * 1.02
+    left, right, low, high = min(steps), max(max(steps), 1), *_margin(min(losses), max(losses))
 
     def place(step: float, loss: float) -> tuple[float, float]:
         x = MARGIN + (step - left) / max(right - left, 1) * (WIDTH - 2 * MARGIN)
         y = HEIGHT - MARGIN + (low - loss) / max(high - low, 1e-9) * (HEIGHT - 2 * MARGIN)
         return round(x, 1), round(y, 1)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss over steps" width="{WIDTH}">']
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(", ".join(curves))} over steps" width="{WIDTH}">'
+    ]
     for tick in range(5):
         loss = low + (high - low) * tick / 4
         x, y = place(left, loss)
@@ -44,18 +47,20 @@ def curve_svg(curves: dict[str, list[tuple[float, float]]]) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def write_page(report: dict, path: Path) -> None:
-    """Write the report as a page."""
-    sft = report["sft"]
-    rows = [
-        ("held-out loss, nats per token", f"{sft['loss_before']:.3f}", f"{sft['loss_after']:.3f}"),
-        ("answers in the house style", f"{sft['adherence_before']:.0%}", f"{sft['adherence_after']:.0%}"),
-    ]
-    table = "".join(f"<tr><td>{name}</td><td>{before}</td><td>{after}</td></tr>" for name, before, after in rows)
+def _margin(low: float, high: float) -> tuple[float, float]:
+    space = 0.05 * max(high - low, 1e-6)
+    return low - space, high + space
+
+
+def write_page(report: dict, results: list[tuple[str, str, str]], path: Path) -> None:
+    """Write the report as a page. `results`: what was measured, before, after."""
+    table = "".join(f"<tr><td>{name}</td><td>{before}</td><td>{after}</td></tr>" for name, before, after in results)
     samples = "".join(
         f"<h3>{html.escape(s['question'])}</h3><div class=pair>"
         + "".join(
-            f"<div><span class=when>{when}</span><pre>{html.escape(s[when].strip())}</pre></div>" for when in ("before", "after")
+            f"<div><span class=when>{TITLES.get(name, name)}</span><pre>{html.escape(said.strip())}</pre></div>"
+            for name, said in s.items()
+            if name != "question"
         )
         + "</div>"
         for s in report["answers"]
@@ -63,8 +68,10 @@ def write_page(report: dict, path: Path) -> None:
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>posttrain demo</title><style>{STYLE}</style>"
         f"<h1>posttrain demo: {html.escape(report['model'])} learns a house style</h1>"
-        f"<p>Continued pretraining, then supervised fine-tuning with LoRA, merged; {report['minutes']} minutes on this machine.</p>"
-        f"<table><tr><th></th><th>before SFT</th><th>after SFT</th></tr>{table}</table>"
-        f"<h2>Loss</h2>{curve_svg(report['curves'])}<h2>Held-out questions</h2>{samples}</html>"
+        f"<p>Continued pretraining, supervised fine-tuning, a reward model, DPO and PPO, each with LoRA on what came before;"
+        f" {report['minutes']} minutes on this machine.</p>"
+        f"<table><tr><th>on 40 held-out questions or pairs</th><th>before</th><th>after</th></tr>{table}</table>"
+        f"<h2>Loss</h2>{curve_svg(report['curves'])}"
+        f"<h2>PPO: score</h2>{curve_svg(report['ppo_curve'])}<h2>Held-out questions</h2>{samples}</html>"
     )
     path.write_text(page, encoding="utf-8")

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 
-from demo import follows_style
+from demo import follows_style, results
 from report import write_page
 
 from conftest import ROOT
@@ -55,15 +55,22 @@ def test_report_page(tmp_path) -> None:  # type: ignore[no-untyped-def]
     report = {
         "model": "tiny <model>", "minutes": 1.5,
         "sft": {"loss_before": 3.0, "loss_after": 1.25, "adherence_before": 0.0, "adherence_after": 0.9},
+        "rm": {"accuracy": 0.95},
+        "dpo": {"accuracy_before": 0.5, "accuracy_after": 0.75, "adherence_before": 0.9, "adherence_after": 0.925,
+                "score_before": 1.5, "score_after": 2.25},
+        "ppo": {"adherence_before": 0.9, "adherence_after": 0.875, "score_before": 1.5, "score_after": 3.125},
         "curves": {"pt": [(1, 3.0), (2, 2.5)], "sft": [(1, 2.0), (5, 1.0)]},
-        "answers": [{"question": "why?", "before": "<b>", "after": "In short: so."}],
+        "ppo_curve": {"mean score of a rollout": [(1, -1.0), (2, 2.0)]},
+        "answers": [{"question": "why?", "before": "<b>", "sft": "In short: so.", "dpo": "d", "ppo": "p"}],
     }  # fmt: skip
-    write_page(report, tmp_path / "report.html")
+    write_page(report, results(report), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "tiny &lt;model&gt;" in page
     assert "&lt;b&gt;" in page
-    assert "90%" in page
-    assert page.count("<polyline") == 2
+    for figure in ("90%", "95%", "75%", "92%", "2.25", "88%", "3.12"):
+        assert f"<td>{figure}</td>" in page, figure
+    assert page.count("<polyline") == 3
+    assert page.count("after PPO") == 1
 
 
 def test_gpu_check_dry_run() -> None:

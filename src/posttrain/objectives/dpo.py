@@ -82,11 +82,12 @@ class Preference:
             score_S = score_S / count_S
         loss_P = self._pair_loss(score_S[0::2], score_S[1::2])
         logprob_S = _per_sequence(logprobs_N, batch)
-        nll_P = -(logprob_S / count_S)[0::2]
+        nll_S = -logprob_S / count_S
+        nll_P = nll_S[0::2]
         if self.loss is DpoLoss.ORPO:
             loss_P = loss_P + nll_P
         total = ((loss_P + self.sft_weight * nll_P) * weight_P).sum()
-        metrics = self._metrics((score_S.detach(), logprob_S.detach(), nll_P.detach()), weight_P)
+        metrics = self._metrics((score_S.detach(), logprob_S.detach(), nll_S.detach()), weight_P)
         if self.loss.needs_reference:
             # k3 (Schulman 2020) of KL(reference ‖ policy) per token, with the data's answers in place of the reference's samples.
             log_ratio_N = (logprobs_N - reference_N).detach()
@@ -114,7 +115,7 @@ class Preference:
         return (1 - self.label_smoothing) * right_P + self.label_smoothing * wrong_P
 
     def _metrics(self, measured: tuple[Tensor, Tensor, Tensor], weight_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        score_S, logprob_S, nll_P = measured
+        score_S, logprob_S, nll_S = measured
         reward_S = self.beta * score_S
         margin_P = reward_S[0::2] - reward_S[1::2]
         values_P = {
@@ -124,7 +125,9 @@ class Preference:
             "reward_rejected": reward_S[1::2],
             "logprob_chosen_nats": logprob_S[0::2],
             "logprob_rejected_nats": logprob_S[1::2],
-            "nll_chosen_nats": nll_P,
+            "nll_chosen_nats": nll_S[0::2],
+            # Whether the policy by itself finds the chosen answer likelier, per token: comparable before and after training.
+            "policy_accuracy": (nll_S[0::2] < nll_S[1::2]).float(),
         }
         return {name: ((value_P * weight_P).sum(), weight_P.sum()) for name, value_P in values_P.items()}
 
