@@ -218,6 +218,18 @@ def test_generations_share_the_prompts_keys_and_values() -> None:
     assert figures.tokens_per_second > 0
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_packed_prompts_cost_no_padding(family: str) -> None:
+    model, prompts = tiny(family), random_prompts()
+    settings = Sampling(6, (), 0, num_generations=4)
+    plain = generate(model, prompts, settings, seed=0)
+    enable_segments(model)
+    watch, figures = Watch(model), RolloutFigures()
+    assert generate(model, prompts, settings, seed=0, figures=figures) == plain
+    assert [tuple(call["input_ids"].shape) for call in watch.calls] == [(1, 46)] + [(20, 1)] * 5
+    assert figures.forward_tokens == figures.prompt_tokens + 5 * 20
+
+
 def test_positions_count_real_tokens() -> None:
     model = lively()
     watch = Watch(model)
@@ -240,8 +252,8 @@ def test_a_batch_ends_when_all_rows_have_stopped() -> None:
 def test_rows_that_have_stopped_leave_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(SAMPLED, stop_ids=tuple(range(7, 30)))
     shares = (decode.LEAVE_SHARE, 1e-9, 2.0)
-    for family in ("llama", "mistral", "lfm2"):  # full, sliding and convolutional layers
-        model, prompts = tiny(family), random_prompts((3, 17, 9, 12, 5, 8, 8, 4))
+    for family, changes in (("llama", {}), ("mistral", {}), ("lfm2", {"layer_types": ["conv", "full_attention"]})):
+        model, prompts = tiny(family, **changes), random_prompts((3, 17, 9, 12, 5, 8, 8, 4))
         answers, computed = [], []
         for share in shares:
             monkeypatch.setattr(decode, "LEAVE_SHARE", share)

@@ -18,7 +18,8 @@ from posttrain.model.attention import NAME, unwrap
 from posttrain.types import Segment, SegmentTable, UserError
 
 ROOM_TOKENS = 64  # a layer's cache grows by so many tokens at a time
-# Rows that have stopped leave when they are this share of the batch: it costs a copy of the cache of those that stay.
+# Rows that have stopped leave when they are this share of the batch, which costs a copy of the cache of those that stay. On the
+# embedded model any share up to 1/8 takes the same time; 1/2 takes 8 % more, never leaving 23 % more.
 LEAVE_SHARE = 0.125
 
 Choose = Callable[[Tensor, Tensor], Tensor]
