@@ -99,6 +99,9 @@ def test_dpo_figures(data: dict[str, Any], tmp_path: Path, tokenizer: Any) -> No
         "loss": float(-margin.sigmoid().log().mean()), "accuracy": float((margin > 0).float().mean()),
         "reward_margin": float(margin.mean()), "kl_nats": float((log_ratio.exp() - 1 - log_ratio).mean()),
         "nll_chosen_nats": float(torch.stack([-p.mean() for p in after["chosen"]]).mean()),
+        "policy_accuracy": sum(
+            float(c.mean() > r.mean()) for c, r in zip(after["chosen"], after["rejected"], strict=True)
+        ) / len(after["chosen"]),
     }  # fmt: skip
     for answer in before:
         expected[f"reward_{answer}"] = float(reward[answer].mean())

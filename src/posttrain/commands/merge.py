@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 from posttrain import flags
@@ -15,6 +16,7 @@ from posttrain.model.load import DType, load_tokenizer
 from posttrain.model.merge import WriteOptions, merge_adapter, merge_tokenizer_folder
 from posttrain.model.score_certificate import ScoreCertificate
 from posttrain.training import artifacts
+from posttrain.training.token_scores import BIAS_FILE
 
 WEAK = 0.9  # share of the adapter's effect below which the user is told
 
@@ -33,6 +35,9 @@ def run(config: Config) -> None:
         "adapter": artifacts.parent(chosen.lora_model, chosen.lora_model),
     }
     artifacts.write_run(Path(chosen.output_dir), "merge", config.saved(), parents=parents)
+    bias = Path(chosen.lora_model, BIAS_FILE)
+    if bias.is_file():
+        shutil.copyfile(bias, Path(chosen.output_dir, BIAS_FILE))  # a reward model's scores are centred by it in PPO
     if certificate.kept < WEAK:
         say("note: rounding ate a part of this weak adapter; --dtype float32 keeps all of it")
     say(f"{certificate}\nmerged model: {chosen.output_dir}")

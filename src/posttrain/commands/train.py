@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from transformers import TrainingArguments, set_seed
 
 from posttrain.commands import rows
@@ -17,6 +19,7 @@ from posttrain.commands.report import quiet_libraries, say
 from posttrain.config import Config
 from posttrain.data.load import LoadedRows
 from posttrain.data.pack import best_fit
+from posttrain.data.pack_pairs import collate_pairs_padded
 from posttrain.data.pack_stream import PackedStream
 from posttrain.data.stream import RowStream
 from posttrain.data.template import apply_template
@@ -33,6 +36,7 @@ from posttrain.training.batches import Groups
 from posttrain.training.callbacks import MetricsFile, Progress
 from posttrain.training.reference import ReferencePass
 from posttrain.training.resolve import HELD_OUT_FLAGS, check_steps, resolve, training_arguments
+from posttrain.training.token_scores import Scorer, chosen_statistics, write_bias
 from posttrain.training.trainer import ObjectiveTrainer, TrainingData, use_callbacks
 from posttrain.types import Stage, UserError
 
@@ -46,6 +50,7 @@ def run(config: Config) -> None:
     folder = Path(config["output_dir"])
     checkpoint = artifacts.find_checkpoint(folder, config["resume_from_checkpoint"])
     args = training_arguments(config)
+    atexit.register(leave_job)
     if args.process_index == 0:
         sources = {f"--{name}": config[name] for name in SOURCES}
         artifacts.open_run_folder(folder, config["overwrite_output_dir"], bool(config["resume_from_checkpoint"]), sources)
@@ -69,6 +74,12 @@ def run(config: Config) -> None:
     if args.process_index == 0 and isinstance(train, RowStream):
         write_ledger(folder, train, held_out)  # it grew while the stream was read
     say(f"run folder: {folder}")
+
+
+def leave_job() -> None:
+    """Close the connection to the other processes: left open until the interpreter is gone, its threads may abort a finished run."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def prepare(config: Config, args: TrainingArguments, tokenizer: Any) -> tuple[Any, LoadedRows | None]:
@@ -180,7 +191,22 @@ def train_and_evaluate(config: Config, trainer: ObjectiveTrainer, folder: Path, 
         trainer.save_state()
         if trainer.args.process_index == 0:
             artifacts.write_results(folder, "train", trainer.state.log_history[-1])
+        if config.command == "rm":
+            centre_scores(config, trainer, folder)
     if config["do_eval"] and trainer.data.held_out is not None:
         metrics = trainer.evaluated_now() or trainer.evaluate()
         if trainer.args.process_index == 0:
             artifacts.write_results(folder, "eval", metrics)
+
+
+def centre_scores(config: Config, trainer: ObjectiveTrainer, folder: Path) -> None:
+    """`reward.json`: what PPO adds to the scores, so that the chosen answers of the training pairs have mean 0."""
+    assert isinstance(trainer.data.train, Groups)
+    packed = trainer.data.collate is not collate_pairs_padded
+    scorer = Scorer(trainer.model, packed, trainer.args.per_device_eval_batch_size, config["forward_tokens"])
+    found = chosen_statistics(scorer, trainer.data.train.rows)
+    if trainer.args.process_index == 0:
+        write_bias(folder, found)
+    say(
+        f"scores of {found.rows:,} chosen answers: mean {found.mean:.3f}, standard deviation {found.std:.3f}; PPO takes the mean as 0"
+    )
