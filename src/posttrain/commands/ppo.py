@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import get_scheduler, set_seed
 
 from posttrain import flags
@@ -23,15 +24,17 @@ from posttrain.data.load import Splits
 from posttrain.data.template import apply_template, stop_token_ids
 from posttrain.model.embedded import resolve_model
 from posttrain.model.load import load_tokenizer
-from posttrain.model.policy_value import PolicyAndValue
+from posttrain.model.policy_value import VALUE, PolicyAndValue, active, is_of_adapter
 from posttrain.objectives.guards import Guards, GuardSettings
-from posttrain.objectives.kl import AdaptiveKl, FixedKl
+from posttrain.objectives.kl import AdaptiveKl, FixedKl, KlController
 from posttrain.objectives.ppo import PpoLoss, PpoSettings
 from posttrain.training import artifacts
+from posttrain.training.audit import Audit
 from posttrain.training.episodes import Episode
 from posttrain.training.ppo import Loop, Plan, train
 from posttrain.training.ppo_rollout import RewardShape
 from posttrain.training.ppo_state import load_checkpoint, save_policy, save_value
+from posttrain.training.resolve import HELD_OUT_FLAGS
 from posttrain.training.resolve_ppo import resolve_ppo, steps
 from posttrain.training.rollout import RolloutFigures, Sampling, generate
 from posttrain.types import UserError
@@ -49,6 +52,7 @@ def run(config: Config) -> None:
     config = resolve_ppo(config)
     folder = Path(config["output_dir"])
     checkpoint = artifacts.find_checkpoint(folder, config["resume_from_checkpoint"])
+    AcceleratorState._reset_state(reset_partial_state=True)  # as the library's own settings do: a stage before it may have left one
     accelerator = Accelerator(
         cpu=config["use_cpu"], mixed_precision="bf16" if config["bf16"] else "no", log_with=_trackers(config),
         project_dir=config["logging_dir"],
@@ -62,10 +66,10 @@ def run(config: Config) -> None:
     prompts = load_prompts(config, accelerator, tokenizer)
     set_seed(config["seed"])  # before anything is drawn: new adapters start from the seed
     actors = build_actors(config, tokenizer, accelerator.device)
-    reporter = Reporter(folder, accelerator, config["save_total_limit"])
+    reporter = Reporter(folder, accelerator, config["save_total_limit"], tokenizer)
     loop = build_loop(config, accelerator, actors, prompts, tokenizer, reporter)
     if accelerator.is_main_process:
-        parents = {name: artifacts.parent(config[name], _local(config[name])) for name in PARENTS if config[name]}
+        parents = {name: artifacts.parent(config[flag], _local(config[flag])) for name, flag in PARENTS.items() if config[flag]}
         artifacts.write_run(folder, "ppo", config.saved(), parents=parents, resumed_from=checkpoint)
         ledgers = {"train": prompts.train.ledger} | ({"validation": prompts.validation.ledger} if prompts.validation else {})
         text = json.dumps({name: ledger.to_json() for name, ledger in ledgers.items()}, indent=2, ensure_ascii=False)
@@ -79,7 +83,10 @@ def run(config: Config) -> None:
     finish(loop, train(loop), folder, tokenizer)
 
 
-PARENTS = ("model_name_or_path", "peft_path", "reward_adapter", "reward_model_name_or_path")
+PARENTS = {
+    "base": "model_name_or_path", "adapter": "peft_path", "reward_adapter": "reward_adapter",
+    "reward_model": "reward_model_name_or_path",
+}  # fmt: skip
 
 
 def _local(name: str) -> str:
@@ -115,6 +122,8 @@ def build_loop(
             f"--rollout_batch_size {chosen.rollout_batch_size} and the prompts of --mini_batch_size {chosen.mini_batch_size} must be"
             f" multiples of the {accelerator.num_processes} processes"
         )
+    if config["eval_steps"] and prompts.validation is None:
+        raise UserError(f"--eval_steps needs held-out prompts: {HELD_OUT_FLAGS}")
     plan = Plan(
         steps(config, len(prompts.train.dataset)), chosen.rollout_batch_size, chosen.mini_batch_size, chosen.num_ppo_epochs,
         config["max_grad_norm"], config["seed"], config["logging_steps"], config["save_steps"], config["eval_steps"],
@@ -135,18 +144,17 @@ def build_loop(
         config["max_target_length"], tuple(stop_token_ids(tokenizer)), tokenizer.pad_token_id, chosen.temperature,
         num_generations=chosen.num_generations, batch_rows=ROLLOUT_ROWS,
     )  # fmt: skip
-    adaptive = AdaptiveKl(chosen.init_kl_coef, chosen.kl_target, chosen.kl_horizon)
-    guards = GuardSettings(kl_target_nats=chosen.kl_target) if chosen.guards else NO_GUARDS
+    kl: KlController = FixedKl(chosen.init_kl_coef)
+    if chosen.adap_kl_ctrl:
+        kl = AdaptiveKl(chosen.init_kl_coef, chosen.kl_target, chosen.kl_horizon)
+    guards = Guards(GuardSettings(kl_target_nats=chosen.kl_target)) if chosen.guards else None
+    audit = Audit(least_gradient=config["adam_epsilon"]) if config["audit"] else None
     held_out = prompts.validation.dataset if prompts.validation is not None else None
     return Loop(
         accelerator, actors.trained, wrapped, actors.reference, optimizer, schedule, prompts.train.dataset, held_out,
         partial(answer, actors.trained, tokenizer), actors.score, sampling, actors.cutter, PpoLoss(settings), shape,
-        adaptive if chosen.adap_kl_ctrl else FixedKl(chosen.init_kl_coef), Guards(guards), plan,
-        reporter.log, reporter.save,
+        kl, guards, plan, reporter.log, reporter.save, audit, say,
     )  # fmt: skip
-
-
-NO_GUARDS = GuardSettings(kl_target_nats=None, entropy_floor=None, stop_rate_floor=None, length_factor=None)
 
 
 def build_optimizer(config: Config, trained: PolicyAndValue) -> torch.optim.Optimizer:
@@ -154,7 +162,8 @@ def build_optimizer(config: Config, trained: PolicyAndValue) -> torch.optim.Opti
     groups: dict[bool, list[Any]] = {False: [], True: []}
     for name, parameter in trained.named_parameters():
         if parameter.requires_grad:
-            groups[".value." in name or name.startswith(("value_head.", "value_model."))].append(parameter)
+            of_value = name.startswith(("value_head.", "value_model.")) or is_of_adapter(name, VALUE)
+            groups[of_value].append(parameter)
     rates = {False: config["learning_rate"], True: config["value_learning_rate"]}
     return torch.optim.AdamW(
         [{"params": parameters, "lr": rates[of_value]} for of_value, parameters in groups.items()],
@@ -162,8 +171,13 @@ def build_optimizer(config: Config, trained: PolicyAndValue) -> torch.optim.Opti
     )  # fmt: skip
 
 
+NEED_METRICS = ("reduce_lr_on_plateau", "greedy")
+
+
 def build_schedule(config: Config, optimizer: Any, n_steps: int) -> Any:
     """Of transformers, by its names."""
+    if config["lr_scheduler_type"] in NEED_METRICS:
+        raise UserError(f"--lr_scheduler_type {config['lr_scheduler_type']}: follows a metric of held-out rows; take another")
     warmup = config["warmup_steps"]
     try:
         return get_scheduler(
@@ -179,7 +193,8 @@ def answer(
 ) -> list[Episode]:  # fmt: skip
     """Sample answers of the policy to rows of prompts."""
     ids = [list(row["prompt_ids"]) for row in prompts]
-    responses = generate(trained.policy_model, ids, sampling, seed, numbers=numbers, figures=figures)
+    with active(trained.policy):  # whatever layers a backward pass computed last
+        responses = generate(trained.policy_model, ids, sampling, seed, numbers=numbers, figures=figures)
     k = sampling.num_generations
     episodes = []
     for index, response in enumerate(responses):
@@ -195,6 +210,8 @@ def answer(
 
 def finish(loop: Loop, objection: str | None, folder: Path, tokenizer: Any) -> None:
     """Save the policy and its value; a run that a guard ended keeps its last checkpoint and says so."""
+    if loop.accelerator.log_with:
+        loop.accelerator.end_training()
     if objection:
         kept = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         last = (
@@ -206,6 +223,4 @@ def finish(loop: Loop, objection: str | None, folder: Path, tokenizer: Any) -> N
         save_value(loop.trained, folder / "value")
         tokenizer.save_pretrained(folder)
     loop.accelerator.wait_for_everyone()
-    if loop.accelerator.log_with:
-        loop.accelerator.end_training()
     say(f"run folder: {folder}")

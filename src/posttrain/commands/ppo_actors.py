@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain import flags
 from posttrain.commands.build import build_model, source
@@ -18,14 +21,28 @@ from posttrain.model import lora_forward
 from posttrain.model.adapter import trainable_summary
 from posttrain.model.attention import enable_segments, unwrap
 from posttrain.model.fused import fuse
-from posttrain.model.load import load_model
+from posttrain.model.load import read_config, resize_embeddings, stores_score_head
 from posttrain.model.logprobs import install_logprobs
-from posttrain.model.policy_value import POLICY, REFERENCE, REWARD, VALUE, PolicyAndValue, Role, add_adapter, train_only
-from posttrain.model.reward import load_reward_model, score_head
+from posttrain.model.policy_value import (
+    POLICY,
+    REFERENCE,
+    REWARD,
+    VALUE,
+    PolicyAndValue,
+    Role,
+    add_adapter,
+    check_plain,
+    copy_adapter,
+    reward_scores,
+    train_only,
+)
+from posttrain.model.reward import has_score_head, load_reward_model, score_head
 from posttrain.training.episodes import Episode
-from posttrain.training.ppo_rollout import AdapterReward, Cutter
-from posttrain.training.reward_sources import build_reward_sources, check_lineage
-from posttrain.training.token_scores import read_bias
+from posttrain.training.ppo_rollout import Cutter
+from posttrain.training.reward_foreign import load_text_tokenizer
+from posttrain.training.reward_sources import build_reward_sources, check_lineage, other_tokens
+from posttrain.training.rewards import TokenReward
+from posttrain.training.token_scores import Scorer, read_bias
 from posttrain.types import UserError
 
 
@@ -43,49 +60,78 @@ def build_actors(config: Config, tokenizer: Any, device: torch.device) -> Actors
     """Load and connect the models. The reference is left out where no KL is asked for."""
     policy = build_model(config, tokenizer)
     adapters = config["use_peft"]
-    with_reference = config["init_kl_coef"] > 0
-    reward_head, own_value, reference = None, None, None
-    if adapters:
-        if config["reward_adapter"]:
-            check_lineage(config["reward_adapter"], unwrap(policy), tokenizer)
-            reward_head = add_adapter(policy, REWARD, config["reward_adapter"], trainable=False)
-        if with_reference:
-            if config["peft_path"]:
-                add_adapter(policy, REFERENCE, config["peft_path"], trainable=False)
-            reference = Role(policy, REFERENCE if config["peft_path"] else None)
-        if config["value_sharing"] == "adapter":
-            add_adapter(policy, VALUE, config["reward_adapter"], trainable=True)
-            own_value = Role(policy, VALUE)
-        train_only(policy, (POLICY, VALUE))
-        lora_forward.install(policy)
-    else:
-        if with_reference:
-            frozen = load_model(config["model_name_or_path"], config["dtype"], **source(config))
-            reference = Role(frozen.requires_grad_(False).eval().to(device))
-        if config["value_sharing"] == "adapter":
-            own_value = Role(_value_model(config, tokenizer))
+    roles = _adapter_roles(config, policy, tokenizer) if adapters else _whole_models(config, policy, tokenizer)
+    reference, own_value, reward_head = roles
     models: list[Any] = list({id(r.model): r.model for r in (Role(policy), own_value, reference) if r is not None}.values())
     packed = _prepare(config, models)
+    for model in models:
+        model.to(device)
     hidden_size = unwrap(policy).config.get_text_config().hidden_size
     trained = PolicyAndValue(Role(policy, POLICY if adapters else None), own_value, hidden_size).to(device)
-    _set_mode(config, trained, packed)
-    say(f"PPO trains {trainable_summary(trained)}")
-    cutter = Cutter(collate_branches if packed else collate_branches_padded, config["forward_tokens"], device)
+    set_mode(trained, config["gradient_checkpointing"], packed)
+    say(f"PPO: {trainable_summary(trained)}")
+    cutter = Cutter(collate_branches if packed else collate_branches_padded, config["forward_tokens"], device, padded=not packed)
     adapter_reward = None
     if reward_head is not None:
-        adapter_reward = AdapterReward(Role(policy, REWARD), reward_head.to(device), cutter, read_bias(config["reward_adapter"]))
+        score = partial(reward_scores, Role(policy, REWARD), reward_head.to(device))
+        episodes = config["rollout_batch_size"] * config["num_generations"]
+        scorer = Scorer(policy, packed, episodes, config["forward_tokens"], score)
+        adapter_reward = TokenReward("reward_adapter", scorer, read_bias(config["reward_adapter"]))
     sources = build_reward_sources(
         config.group(flags.RewardSourceFlags), config.group(flags.ModelFlags), tokenizer, device, adapter_reward
     )
     return Actors(trained, reference, sources.scores_by_source, cutter)
 
 
-def _value_model(config: Config, tokenizer: Any) -> Any:
-    """In full training: a decoder of its own, from the reward model where that is one of ours with the policy's shape, else the base."""
-    del tokenizer
-    model = load_reward_model(config["model_name_or_path"], config["dtype"], **source(config))
-    score_head(model).requires_grad_(False)  # the value head is our own
+Roles = tuple[Role | None, Role | None, nn.Linear | None]  # reference, value where it has layers of its own, score head
+
+
+def _adapter_roles(config: Config, policy: Any, tokenizer: Any) -> Roles:
+    """Adapters on the policy's base. The reference is a copy of the policy's adapter, or the base alone where that starts at zero."""
+    reward_head, own_value, reference = None, None, None
+    if config["peft_path"]:
+        check_plain(policy.peft_config[POLICY], config["peft_path"])
+    if config["reward_adapter"]:
+        check_lineage(config["reward_adapter"], unwrap(policy), tokenizer)
+        reward_head = add_adapter(policy, REWARD, config["reward_adapter"], trainable=False)
+    if config["init_kl_coef"] > 0:
+        if config["peft_path"]:
+            copy_adapter(policy, REFERENCE)
+        reference = Role(policy, REFERENCE if config["peft_path"] else None)
+    if config["value_sharing"] == "adapter":
+        add_adapter(policy, VALUE, config["reward_adapter"], trainable=True)
+        own_value = Role(policy, VALUE)
+    train_only(policy, (POLICY, VALUE))
+    lora_forward.install(policy)
+    return reference, own_value, reward_head
+
+
+def _whole_models(config: Config, policy: Any, tokenizer: Any) -> Roles:
+    """Models of their own: the reference is a frozen copy of the policy."""
+    reference = Role(copy.deepcopy(policy).requires_grad_(False).eval()) if config["init_kl_coef"] > 0 else None
+    own_value = Role(_value_model(config, tokenizer, unwrap(policy).config)) if config["value_sharing"] == "adapter" else None
+    return reference, own_value, None
+
+
+def _value_model(config: Config, tokenizer: Any, policy: Any) -> Any:
+    """A decoder for the value: the reward model's where that has the policy's shape (`policy`: its config) and tokens, else the base's."""
+    name, how = config["model_name_or_path"], source(config)
+    reward, code = config["reward_model_name_or_path"], {"trust_remote_code": config["trust_remote_code"]}
+    twin = reward and _is_twin(read_config(reward, **code, score_head=True), policy)
+    if twin and not other_tokens(load_text_tokenizer(reward, **code), tokenizer):
+        name, how = reward, code
+    model = load_reward_model(name, config["dtype"], **how)
+    resize_embeddings(model, tokenizer)
+    score_head(model).requires_grad_(False)  # the value has a head of its own
+    say(f"value: starts from {name}")
     return model
+
+
+def _is_twin(reward: Any, policy: Any) -> bool:
+    """Whether configs are those of a reward model and of a policy with the same layers."""
+    texts = [config.get_text_config() for config in (reward, policy)]
+    shapes = [(text.model_type, text.hidden_size, text.num_hidden_layers) for text in texts]
+    return stores_score_head(reward) and reward.num_labels == 1 and shapes[0] == shapes[1]
 
 
 def _prepare(config: Config, models: list[nn.Module]) -> bool:
@@ -97,7 +143,7 @@ def _prepare(config: Config, models: list[nn.Module]) -> bool:
             packed = packed and attention.packed
             if model is models[0]:
                 say(f"rows: {'segments without padding' if attention.packed else 'padded'} ({attention.reason})")
-        if hasattr(unwrap(model), "lm_head") or unwrap(model).get_output_embeddings() is not None:
+        if not has_score_head(model):
             how = install_logprobs(model)
             if model is models[0]:
                 say(f"log-probs: {how.reason}")
@@ -108,25 +154,43 @@ def _prepare(config: Config, models: list[nn.Module]) -> bool:
     return bool(packed)
 
 
-def _set_mode(config: Config, trained: PolicyAndValue, packed: bool) -> None:
-    """No dropout anywhere; training mode only where gradient checkpointing asks for it."""
+DROPOUTS = (
+    "attention_dropout",
+    "dropout",
+    "attn_dropout",
+    "activation_dropout",
+    "layerdrop",
+    "router_jitter_noise",
+    "jitter_noise",
+)
+
+
+def set_mode(trained: PolicyAndValue, checkpointing: bool, packed: bool) -> None:
+    """No dropout anywhere: evaluation mode, but for the layers themselves where they are to be checkpointed."""
     for module in trained.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "attn_dropout"):
+        for name in DROPOUTS:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     trained.eval()
-    if not config["gradient_checkpointing"]:
+    if not checkpointing:
         return
-    if config["use_peft"] and not packed:
+    models = {id(m): m for m in (trained.policy_model, trained.value_model) if m is not None}.values()
+    if trained.policy.adapter is not None and not packed:
         raise UserError(
             "--gradient_checkpointing True: needs packed rows, by which the layers know whose turn it is; leave it off"
         )
-    for model in {id(m): m for m in (trained.policy_model, trained.value_model) if m is not None}.values():
+    for model in models:
         core = unwrap(model)
         enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-        if config["use_peft"]:
+        layers = [module for module in core.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise UserError(
+                f"--gradient_checkpointing True: {type(core).__name__} has no layers that can be checkpointed; leave it off"
+            )
+        for layer in layers:
+            layer.training = True
+        if trained.policy.adapter is not None:
             core.enable_input_require_grads()
-    trained.train()

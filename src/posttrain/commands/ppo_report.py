@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ SHOWN = (
 class Reporter:
     """Writes on the first process only. A resumed run first cuts off what lies beyond its checkpoint."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, save_total_limit: int | None):
-        self.folder, self.accelerator, self.save_total_limit = folder, accelerator, save_total_limit
+    def __init__(self, folder: Path, accelerator: Accelerator, save_total_limit: int | None, tokenizer: Any):
+        self.folder, self.accelerator, self.save_total_limit, self.tokenizer = folder, accelerator, save_total_limit, tokenizer
 
     def begin(self, step: int) -> None:
         """Keep the lines up to the step that training goes on from."""
@@ -52,12 +51,11 @@ class Reporter:
             samples = _samples(rollout)
             for sample in samples:
                 self._append(SAMPLES_FILE, {"step": step, **sample})
-            if sys.stderr.isatty() or step == 1:
-                say(_table(samples))
+            say(_table(samples))
 
     def save(self, loop: Loop) -> None:
         """A checkpoint."""
-        save_checkpoint(loop, self.folder, self.save_total_limit)
+        save_checkpoint(loop, self.folder, self.save_total_limit, self.tokenizer)
 
     def _append(self, name: str, content: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ values_M holds V of the state before the token.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,37 +186,66 @@ def add_adapter(model: PeftModel, name: str, folder: str | None, *, trainable: b
     """Add a copy of a saved adapter under a name (folder None: a new one like the policy's, whose product is zero).
 
     Returns the score head that a reward adapter brings along, frozen float32, else None. Raises UserError for a folder without
-    adapter weights.
+    adapter weights, and for an adapter that is more than low-rank matrices and a score head: the roles share all other weights.
     """
     if folder is None:
         model.add_adapter(name, _plain_config(model.peft_config[POLICY]))
-        head = None
-    else:
-        config = LoraConfig.from_pretrained(folder)
-        read_adapter_config(folder)
-        file = Path(folder) / "adapter_model.safetensors"
-        if not file.is_file():
-            raise UserError(f"{folder}: no adapter_model.safetensors in it")
-        weights = load_file(file)
-        heads = [key for key in weights if key.endswith("score.weight")]
-        head = _frozen_head(weights.pop(heads[0])) if heads else None
+        _finish(model, name, trainable)
+        return None
+    read_adapter_config(folder)
+    config = LoraConfig.from_pretrained(folder)
+    check_plain(config, folder)
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"{folder}: no adapter_model.safetensors in it")
+    weights = load_file(file)
+    heads = [key for key in weights if key.endswith("score.weight")]
+    head = _frozen_head(weights.pop(heads[0])) if heads else None
+    try:
         model.add_adapter(name, _plain_config(config))
         loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
-        if loaded.unexpected_keys:
-            raise UserError(f"{folder}: holds weights that the model has no place for, the first is {loaded.unexpected_keys[0]}")
-    for key, parameter in model.named_parameters():
-        if f".{name}." in key:
-            parameter.requires_grad_(trainable)
-            parameter.data = parameter.data.float()
-    _forget(model)
+    except (RuntimeError, ValueError) as error:  # other layers, or layers of another size
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{folder}: does not fit the policy's base ({lines[min(1, len(lines) - 1)]})") from error
+    if loaded.unexpected_keys:
+        raise UserError(f"{folder}: holds weights that the model has no place for, the first is {loaded.unexpected_keys[0]}")
+    if lacking := [key for key in loaded.missing_keys if is_of_adapter(key, name)]:
+        raise UserError(f"{folder}: lacks weights of the adapter it describes, the first is {lacking[0]}")
+    _finish(model, name, trainable)
     return head
 
 
+def copy_adapter(model: PeftModel, name: str) -> None:
+    """Add a frozen copy of the policy's adapter as it is now."""
+    model.add_adapter(name, _plain_config(model.peft_config[POLICY]))
+    tensors = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, parameter in tensors.items():
+            if is_of_adapter(key, name):
+                parameter.copy_(tensors[key.replace(f".{name}", f".{POLICY}")])
+    _finish(model, name, trainable=False)
+
+
+def check_plain(config: Any, folder: str) -> None:
+    """Raises UserError for an adapter with layers that are trained whole, or with biases: all roles would share them."""
+    whole = sorted({*(config.modules_to_save or [])} - {"score", "classifier"})
+    if whole or config.bias != "none":
+        what = f"layers that are trained whole ({', '.join(whole)})" if whole else "trained biases of the base"
+        raise UserError(f"{folder}: holds {what}, which the roles of PPO would share; merge it first and name the merged model")
+
+
+def is_of_adapter(key: str, name: str) -> bool:
+    """Whether a parameter is one of an adapter's: `….lora_A.<name>.weight`."""
+    return re.search(rf"\.lora_\w+\.{name}(\.|$)", key) is not None
+
+
 def _plain_config(config: Any) -> LoraConfig:
-    """The same shape of adapter, without modules that are trained whole: these would be shared by all roles."""
+    """The same shape of adapter, new: no modules that are trained whole, no dropout, no start that changes the base."""
     return LoraConfig(
         r=config.r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=config.target_modules,
-        target_parameters=config.target_parameters, use_rslora=config.use_rslora, use_dora=config.use_dora, task_type="CAUSAL_LM",
+        exclude_modules=config.exclude_modules, target_parameters=config.target_parameters, rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern, layers_to_transform=config.layers_to_transform, layers_pattern=config.layers_pattern,
+        use_rslora=config.use_rslora, use_dora=config.use_dora, task_type="CAUSAL_LM",
     )  # fmt: skip
 
 
@@ -225,8 +255,12 @@ def _frozen_head(weight: Tensor) -> nn.Linear:
     return head
 
 
-def _forget(model: nn.Module) -> None:
-    """Layers may have gained tuners."""
+def _finish(model: nn.Module, name: str, trainable: bool) -> None:
+    """float32 matrices, trainable or not; and layers may have gained tuners."""
+    for key, parameter in model.named_parameters():
+        if is_of_adapter(key, name):
+            parameter.requires_grad_(trainable)
+            parameter.data = parameter.data.float()
     for module in model.modules():
         module.__dict__.pop("_posttrain_tuners", None)
 
@@ -234,4 +268,4 @@ def _forget(model: nn.Module) -> None:
 def train_only(model: nn.Module, adapters: tuple[str, ...]) -> None:
     """Make exactly these adapters trainable: adding one freezes the others."""
     for key, parameter in model.named_parameters():
-        parameter.requires_grad_(any(f".{name}." in key for name in adapters))
+        parameter.requires_grad_(any(is_of_adapter(key, name) for name in adapters))

@@ -24,54 +24,53 @@ def fingerprint(tensor: Tensor) -> tuple[float, float]:
     return total, weighted
 
 
-class GradientAudit(TrainerCallback):
-    """Compares every parameter before training and after a few steps. UserError names what is wrong."""
+class Audit:
+    """Compares every parameter before training and after some steps. UserError names what is wrong.
 
-    def __init__(self) -> None:
+    least_gradient: a trainable tensor must move only if an element of its gradient was above this in a step with a learning rate.
+    None: every one must move.
+    """
+
+    def __init__(self, least_gradient: float | None = None) -> None:
+        self.least_gradient = least_gradient
         self.before: dict[str, tuple[float, float]] = {}
-        self.no_gradient: set[str] = set()
-        self.steps = 0
+        self.no_gradient: set[str] | None = None  # of the first step
+        self.pulled: set[str] = set()  # had a gradient to speak of
         self.steps_with_rate = 0
-        self.summary = "gradient audit: not run"
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def begin(self, model: nn.Module) -> None:
         """Fingerprint every parameter."""
-        self.before = {name: fingerprint(p) for name, p in kwargs["model"].named_parameters()}
+        self.before = {name: fingerprint(p) for name, p in model.named_parameters()}
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note trainable parameters without a gradient."""
-        if self.before and self.steps == 0:
-            model: nn.Module = kwargs["model"]
-            self.no_gradient = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
-        if self.before and kwargs["optimizer"].param_groups[0]["lr"] > 0:
+    def before_step(self, model: nn.Module, rate: float) -> None:
+        """Note the gradients that an optimizer step is about to use."""
+        if not self.before:
+            return
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        if self.no_gradient is None:
+            self.no_gradient = {name for name, gradient in gradients.items() if gradient is None}
+        if rate > 0:
             self.steps_with_rate += 1
+            if self.least_gradient is not None:
+                largest = {
+                    name: float(g.abs().max()) for name, g in gradients.items() if g is not None and name not in self.pulled
+                }
+                self.pulled |= {name for name, value in largest.items() if value > self.least_gradient}
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After the audit's last step, compare."""
-        self.steps += 1
-        if self.before and self.steps == AUDIT_STEPS:
-            self.summary = self._compare(kwargs["model"], args)
-            print(self.summary, file=sys.stderr)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A run too short for the whole audit still checks that nothing frozen moved."""
-        if self.before:
-            self.summary = self._compare(kwargs["model"], args)
-
-    def _compare(self, model: nn.Module, args: TrainingArguments) -> str:
+    def compare(self, model: nn.Module, sharded: bool = False) -> str:
+        """What moved since `begin`, in one line. `sharded`: gradients live in the engine's own buffers."""
         moved = {n for n, p in model.named_parameters() if fingerprint(p) != self.before[n]}
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         frozen = set(self.before) - trainable
         self.before = {}
         if moved & frozen:
             raise UserError(f"gradient audit: {len(moved & frozen)} frozen tensors moved, the first is {min(moved & frozen)}")
-        sharded = args.deepspeed is not None  # there the gradients live in the engine's own buffers
         if self.no_gradient and not sharded:
             raise UserError(
                 f"gradient audit: {len(self.no_gradient)} trainable tensors got no gradient, the first is"
                 f" {min(self.no_gradient)}: it takes no part in the loss; leave it out of --target_modules / --modules_to_save"
             )
-        still = trainable - moved
+        still = trainable - moved if self.least_gradient is None else self.pulled - moved
         enough = self.steps_with_rate >= 2
         if still and enough:
             raise UserError(
@@ -80,3 +79,32 @@ class GradientAudit(TrainerCallback):
             )
         text = f"gradient audit: {len(moved)} of {len(trainable)} trainable tensors moved, {len(frozen)} frozen ones did not"
         return text if enough else f"{text} (only {self.steps_with_rate} step(s) had a learning rate above 0)"
+
+
+class GradientAudit(TrainerCallback):
+    """The audit of the shared trainer."""
+
+    def __init__(self) -> None:
+        self.audit = Audit()
+        self.steps = 0
+        self.summary = "gradient audit: not run"
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Fingerprint every parameter."""
+        self.audit.begin(kwargs["model"])
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note trainable parameters without a gradient."""
+        self.audit.before_step(kwargs["model"], kwargs["optimizer"].param_groups[0]["lr"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the audit's last step, compare."""
+        self.steps += 1
+        if self.audit.before and self.steps == AUDIT_STEPS:
+            self.summary = self.audit.compare(kwargs["model"], sharded=args.deepspeed is not None)
+            print(self.summary, file=sys.stderr)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A run too short for the whole audit still checks that nothing frozen moved."""
+        if self.audit.before:
+            self.summary = self.audit.compare(kwargs["model"], sharded=args.deepspeed is not None)

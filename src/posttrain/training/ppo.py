@@ -1,13 +1,14 @@
 """PPO, the whole loop (arXiv 1707.06347, 1909.08593): prompts → answers → scores → log-probs and values → advantages → updates.
 
 Explicit on Accelerate. A step's prompts, its samples and the order of its minibatches follow from (seed, step) alone, so a resumed run
-needs no random state. All statistics are sums over the ranks.
+needs no random state. All statistics are sums over the ranks, and no minibatch depends on their number.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ from posttrain.objectives.advantages import explained_variance
 from posttrain.objectives.guards import Guards, early_stop
 from posttrain.objectives.kl import KlController, kl_estimate
 from posttrain.objectives.ppo import PpoLoss
+from posttrain.training.audit import AUDIT_STEPS, Audit
 from posttrain.training.episodes import Episode
-from posttrain.training.ppo_rollout import Cutter, RewardShape, Rollout, add_advantages, group_episodes, measure
+from posttrain.training.ppo_rollout import Cutter, RewardShape, Rollout, add_advantages, group_episodes, measure, share
 from posttrain.training.rollout import RolloutFigures, Sampling
 from posttrain.training.sums import Sums, averages
 
@@ -39,11 +41,11 @@ class Plan:
     rollout_batch_size: int  # prompts a rollout
     mini_batch_size: int  # episodes an optimizer step
     num_ppo_epochs: int  # passes over a rollout
-    max_grad_norm: float
+    max_grad_norm: float  # 0: gradients are not clipped
     seed: int
     logging_steps: int = 1
     save_steps: int = 0
-    eval_steps: int = 0
+    eval_steps: int = 0  # 0: before the first step and after the last only
     early_stop_nats: float | None = None  # of the divergence from the rollout's policy: the rest of its updates is skipped
 
     def optimizer_steps(self, num_generations: int) -> int:
@@ -70,10 +72,12 @@ class Loop:
     objective: PpoLoss
     shape: RewardShape
     kl: KlController
-    guards: Guards
+    guards: Guards | None
     plan: Plan
     on_log: Callable[[int, dict[str, float], Rollout | None], None]
     on_save: Callable[[Loop], None]
+    audit: Audit | None = None  # of the first rollouts after a start
+    on_audit: Callable[[str], None] = print
     step: int = 0  # rollouts done
     figures: RolloutFigures = field(default_factory=RolloutFigures)
 
@@ -85,9 +89,11 @@ class Loop:
 
 def train(loop: Loop) -> str | None:
     """Run to `max_steps`. Returns the line of a guard that ended the run before, else None."""
-    plan = loop.plan
-    if plan.eval_steps and loop.step == 0:
+    plan, first = loop.plan, loop.step
+    if loop.held_out is not None and loop.step == 0:
         loop.on_log(0, evaluate(loop), None)
+    if loop.audit is not None and loop.step < plan.max_steps:
+        loop.audit.begin(loop.trained)
     while loop.step < plan.max_steps:
         clock = Clock()
         rollout = collect(loop, clock)
@@ -99,15 +105,18 @@ def train(loop: Loop) -> str | None:
         with clock.time("update"):
             early = update(loop, rollout, sums)
         loop.step += 1
+        last = loop.step == plan.max_steps
         metrics = step_metrics(loop, rollout, sums, clock) | {"kl_coef": coef, "early_stop": float(early)}
         if "kl_nats" in metrics:
             loop.kl.update(metrics["kl_nats"], plan.rollout_batch_size * loop.sampling.num_generations)
-        objection = loop.guards.check(loop.step, metrics)
-        if loop.step % plan.logging_steps == 0 or objection or loop.step == plan.max_steps:
+        objection = loop.guards.check(loop.step, metrics) if loop.guards is not None else None
+        if loop.step % plan.logging_steps == 0 or objection or last:
             loop.on_log(loop.step, metrics, rollout)
         if objection:
             return objection  # nothing is saved over the last good checkpoint
-        if plan.eval_steps and (loop.step % plan.eval_steps == 0 or loop.step == plan.max_steps):
+        if loop.audit is not None and (loop.step == first + AUDIT_STEPS or (last and loop.step < first + AUDIT_STEPS)):
+            loop.on_audit(loop.audit.compare(loop.trained))
+        if loop.held_out is not None and (last or (plan.eval_steps and loop.step % plan.eval_steps == 0)):
             loop.on_log(loop.step, evaluate(loop), None)
         if plan.save_steps and loop.step % plan.save_steps == 0:
             loop.on_save(loop)
@@ -145,23 +154,28 @@ def collect(loop: Loop, clock: Clock) -> Rollout:
 
 
 def update(loop: Loop, rollout: Rollout, sums: Sums) -> bool:
-    """K passes of clipped updates over the rollout. Returns whether they ended early."""
-    plan, world = loop.plan, loop.accelerator.num_processes
-    groups_a_step = plan.mini_batch_size // loop.sampling.num_generations // world
+    """K passes of clipped updates over the rollout of all processes. Returns whether they ended early."""
+    plan = loop.plan
+    whole = share(rollout) if loop.accelerator.num_processes > 1 else rollout
+    groups_a_step = plan.mini_batch_size // loop.sampling.num_generations
     for epoch in range(plan.num_ppo_epochs):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + loop.step) * 1_009 + epoch)
-        order = torch.randperm(len(rollout.groups), generator=generator).tolist()
+        order = torch.randperm(len(whole.groups), generator=generator).tolist()
         for start in range(0, len(order), groups_a_step):
-            divergence = update_once(loop, rollout, order[start : start + groups_a_step], sums)
+            divergence = update_once(loop, whole, order[start : start + groups_a_step], sums)
             if plan.early_stop_nats is not None and early_stop(divergence(), plan.early_stop_nats):
                 return True
     return False
 
 
 def update_once(loop: Loop, rollout: Rollout, indices: Sequence[int], sums: Sums) -> Callable[[], float]:
-    """One optimizer step on some groups, in parts that fit. Returns a function: how far the policy is from the rollout's (k3, nats)."""
-    parts = list(loop.cutter.parts(rollout.groups, indices))
-    weight = loop.reduce(torch.tensor(float(sum(len(a) for i in indices for a in rollout.groups[i][1]))))
+    """One optimizer step on some groups, this process's share of them in parts that fit.
+
+    Returns a function, a collective: how far the policy was from the rollout's (k3, nats a token).
+    """
+    rank, world = loop.accelerator.process_index, loop.accelerator.num_processes
+    parts = list(loop.cutter.parts(rollout.groups, indices[rank::world]))
+    tokens = sum(len(answer) for index in indices for answer in rollout.groups[index][1])
     own = Sums(loop.reduce)
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
@@ -169,12 +183,14 @@ def update_once(loop: Loop, rollout: Rollout, indices: Sequence[int], sums: Sums
             with loop.accelerator.autocast():
                 loss = loop.objective(loop.wrapped, rollout.minibatch(loop.cutter, part))
             # The engine averages over ranks: multiply that away, so that the gradient is Σ / the response tokens of all ranks.
-            loop.accelerator.backward(loss.total * loop.accelerator.num_processes / weight)
+            loop.accelerator.backward(loss.total * world / tokens)
         for name, (total, count) in loss.metrics.items():
             sums.add(name, total, count)
             own.add(name, total, count)
-    norm = loop.accelerator.clip_grad_norm_(loop.trained.parameters(), loop.plan.max_grad_norm)
-    sums.add("grad_norm", float(norm), 1.0)
+    norm = loop.accelerator.clip_grad_norm_(loop.trained.parameters(), loop.plan.max_grad_norm or math.inf)
+    sums.add("grad_norm", norm.detach(), 1.0)
+    if loop.audit is not None:
+        loop.audit.before_step(loop.trained, loop.schedule.get_last_lr()[0])
     loop.optimizer.step()
     loop.schedule.step()
     loop.optimizer.zero_grad()
@@ -221,38 +237,39 @@ def rollout_sums(loop: Loop, rollout: Rollout, plain_N: Tensor | None) -> Sums:
 
 def step_metrics(loop: Loop, rollout: Rollout, sums: Sums, clock: Clock) -> dict[str, float]:
     """What is logged of a step. `explained_variance` is that of the values before the update."""
-    columns, plan = rollout.columns, loop.plan
+    columns = rollout.columns
     explained = explained_variance(columns["returns_N"], columns["old_values_N"], loop.reduce)
     tokens = float(len(columns["old_logprobs_N"]))
     sums.add("_rollout_tokens", tokens, 1.0)
     totals = sums.totals()
     metrics = averages(totals)
-    metrics["score_std"] = max(totals["_score_squared"][0] / totals["_score_squared"][1] - metrics["score"] ** 2, 0.0) ** 0.5
+    metrics["score_std"] = _deviation(totals)
     if explained == explained:  # not a number where the returns do not vary
         metrics["explained_variance"] = explained
-    everyone = totals["_rollout_tokens"][0]
-    metrics["rollout_tokens_per_second"] = everyone / max(clock.seconds["rollout"], 1e-9)
-    metrics["update_tokens_per_second"] = everyone * plan.num_ppo_epochs / max(clock.seconds["update"], 1e-9)
+    metrics["rollout_tokens_per_second"] = totals["_rollout_tokens"][0] / max(clock.seconds["rollout"], 1e-9)
+    metrics["update_tokens_per_second"] = totals["policy_loss"][1] / max(clock.seconds["update"], 1e-9)
     metrics |= {f"seconds_{part}": seconds for part, seconds in clock.seconds.items()}
     metrics["learning_rate"] = loop.schedule.get_last_lr()[0]
     return metrics
 
 
 def evaluate(loop: Loop) -> dict[str, float]:
-    """The likeliest answer to every held-out prompt, scored."""
+    """The likeliest answer to every held-out prompt, scored. `kl_nats` is that of these answers, not an estimate of the divergence."""
     rank, world = loop.accelerator.process_index, loop.accelerator.num_processes
     assert loop.held_out is not None
     rows = list(loop.held_out)[rank::world]
     greedy = dataclasses.replace(loop.sampling, temperature=0.0, top_p=1.0, top_k=0, num_generations=1)
-    sums = Sums(loop.reduce)
-    if rows:
-        with loop.accelerator.autocast():
-            episodes = loop.answer(rows, greedy, loop.plan.seed, range(len(rows)), RolloutFigures())
-            scores, _ = loop.score(episodes)
-            rollout = Rollout(group_episodes(episodes, 1), episodes, torch.tensor(scores, device=loop.accelerator.device))
-            measure(rollout, loop.trained, loop.reference, loop.cutter, 1.0)
-        sums = rollout_sums(loop, rollout, None)
-    totals = sums.totals()
-    metrics = averages(totals)
-    metrics["score_std"] = max(totals["_score_squared"][0] / totals["_score_squared"][1] - metrics["score"] ** 2, 0.0) ** 0.5
+    with loop.accelerator.autocast():
+        episodes = loop.answer(rows, greedy, loop.plan.seed, range(len(rows)), RolloutFigures())
+        scores, _ = loop.score(episodes)
+        rollout = Rollout(group_episodes(episodes, 1), episodes, torch.tensor(scores, device=loop.accelerator.device))
+        measure(rollout, loop.trained, loop.reference, loop.cutter, 1.0)
+    totals = rollout_sums(loop, rollout, None).totals()
+    metrics = averages(totals) | {"score_std": _deviation(totals)}
     return {f"eval_{name}": value for name, value in metrics.items() if name != "entropy_nats"}
+
+
+def _deviation(totals: dict[str, tuple[float, float]]) -> float:
+    """Standard deviation of the scores."""
+    (total, count), squares = totals["score"], totals["_score_squared"][0]
+    return max(squares / count - (total / count) ** 2, 0.0) ** 0.5

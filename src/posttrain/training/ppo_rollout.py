@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from posttrain.data.pack_branches import Branches
-from posttrain.model.policy_value import PolicyAndValue, Role, reference_logprobs, reward_scores
+from posttrain.model.policy_value import PolicyAndValue, Role, reference_logprobs
 from posttrain.objectives.advantages import Reduce, gae, shaped_scores, token_rewards, whiten
 from posttrain.training.episodes import Episode
 from posttrain.types import PackedBatch
@@ -26,21 +26,26 @@ class Cutter:
     collate: Collate
     forward_tokens: int
     device: torch.device
+    padded: bool = False  # each answer has a row of its own with its prompt, all as long as the longest
 
     def parts(self, groups: Sequence[Branches], indices: Sequence[int]) -> Iterator[list[int]]:
         """`indices` in order, cut where the next group would not fit."""
         part: list[int] = []
-        tokens = 0
         for index in indices:
-            prompt, answers = groups[index]
-            size = len(prompt) + sum(len(answer) for answer in answers)
-            if part and tokens + size > self.forward_tokens > 0:
+            if part and 0 < self.forward_tokens < self._tokens(groups, [*part, index]):
                 yield part
-                part, tokens = [], 0
+                part = []
             part.append(index)
-            tokens += size
         if part:
             yield part
+
+    def _tokens(self, groups: Sequence[Branches], indices: Sequence[int]) -> int:
+        """What is computed of the groups, padding included."""
+        chosen = [groups[index] for index in indices]
+        if self.padded:
+            lengths = [len(prompt) + len(answer) for prompt, answers in chosen for answer in answers]
+            return len(lengths) * max(lengths)
+        return sum(len(prompt) + sum(map(len, answers)) for prompt, answers in chosen)
 
     def batch(self, groups: Sequence[Branches], indices: Sequence[int]) -> PackedBatch:
         """The groups as one micro-batch."""
@@ -138,21 +143,17 @@ def add_advantages(rollout: Rollout, shape: RewardShape, kl_coef: float, reduce:
     return plain_N
 
 
-@dataclass(frozen=True)
-class AdapterReward:
-    """Scores by the reward adapter on the policy's own base; `bias` brings the mean of its training answers to 0."""
+def share(rollout: Rollout) -> Rollout:
+    """The groups of all processes with their columns over N, in the order of their prompts, on every process. A collective.
 
-    role: Role
-    head: Any
-    cutter: Cutter
-    bias: float = 0.0
-    name: str = "reward_adapter"
-
-    def __call__(self, episodes: Sequence[Episode]) -> list[float]:
-        """One score an episode, read at the last token of its answer."""
-        groups = group_episodes(episodes, 1)
-        scores: list[float] = []
-        for part in self.cutter.parts(groups, range(len(groups))):
-            scores_S = reward_scores(self.role, self.head, self.cutter.batch(groups, part))
-            scores += (scores_S + self.bias).tolist()
-        return scores
+    Process r of w holds the groups r, r + w, r + 2w …. So the minibatches of an update do not depend on the number of processes.
+    """
+    device, ends = rollout.scores_S.device, rollout.group_ends()
+    own = [
+        (group, {name: column[start:end].cpu() for name, column in rollout.columns.items() if name.endswith("_N")})
+        for group, start, end in zip(rollout.groups, [0, *ends], ends, strict=False)
+    ]
+    by_process = gather_object([own])
+    ordered = [pair for row in zip(*by_process, strict=True) for pair in row]
+    columns = {name: torch.cat([part[name] for _, part in ordered]).to(device) for name in ordered[0][1]}
+    return Rollout([group for group, _ in ordered], [], rollout.scores_S.new_zeros(0), columns)

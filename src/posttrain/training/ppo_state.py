@@ -21,16 +21,20 @@ OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "trainer_state.json"  # written last: what marks a checkpoint as whole
 
 
-def save_checkpoint(loop: Loop, folder: Path, limit: int | None) -> None:
-    """Write `folder`/checkpoint-<step>, the oldest beyond `limit` go. One process writes, the others wait."""
+def save_checkpoint(loop: Loop, folder: Path, limit: int | None, tokenizer: Any) -> None:
+    """Write `folder`/checkpoint-<step>, the oldest beyond `limit` go. One process writes, the others wait.
+
+    It can be merged and served like the run's folder: what a run that a guard ended leaves behind.
+    """
     target = folder / f"checkpoint-{loop.step}"
     if loop.accelerator.is_main_process:
         target.mkdir(parents=True, exist_ok=True)
         save_file(_trainable(loop.trained), target / TRAINED_FILE)
         save_policy(loop.trained, target)
+        tokenizer.save_pretrained(target)
         torch.save({"optimizer": loop.optimizer.state_dict(), "schedule": loop.schedule.state_dict()}, target / OPTIMIZER_FILE)
         torch.save(torch.get_rng_state(), target / "rng_state.pth")
-        state = {"global_step": loop.step, "kl": loop.kl.state_dict(), "guards": loop.guards.state_dict()}
+        state = {"global_step": loop.step, "kl": loop.kl.state_dict(), "guards": loop.guards and loop.guards.state_dict()}
         (target / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         if limit is not None:
             known = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
@@ -40,8 +44,10 @@ def save_checkpoint(loop: Loop, folder: Path, limit: int | None) -> None:
 
 
 def load_checkpoint(loop: Loop, checkpoint: str) -> None:
-    """Put the loop where it was. Raises UserError for a checkpoint of other weights."""
+    """Put the loop where it was. Raises UserError for a checkpoint of other weights, or of another stage."""
     folder = Path(checkpoint)
+    if not (folder / TRAINED_FILE).is_file():
+        raise UserError(f"--resume_from_checkpoint {checkpoint}: is not a checkpoint of posttrain ppo (it has no {TRAINED_FILE})")
     saved, own = load_file(folder / TRAINED_FILE), _trainable(loop.trained)
     if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
         raise UserError(f"{checkpoint}: its weights are of another kind than this run's: use the flags that it was started with")
@@ -55,7 +61,8 @@ def load_checkpoint(loop: Loop, checkpoint: str) -> None:
     state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     loop.step = state["global_step"]
     loop.kl.load_state_dict(state["kl"])
-    loop.guards.load_state_dict(state["guards"])
+    if loop.guards is not None and state["guards"] is not None:
+        loop.guards.load_state_dict(state["guards"])
 
 
 def save_policy(trained: PolicyAndValue, folder: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import multiprocessing
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,29 +104,39 @@ def _check_numbers(config: Config) -> None:
     for name in ("block_size", "model_max_length", "max_source_length", "max_target_length"):
         if name in config.values and config[name] < 2:
             raise UserError(f"--{name} {config[name]}: must be at least 2 tokens")
+
+
+def check_sources(config: Config, idle: Mapping[str, str | bool] | None = None) -> None:
+    """Raises UserError for sources that contradict each other. `idle`: flag → what it does nothing without, or False."""
+    if config["train_file_dir"] and config["dataset_name"]:
+        raise UserError("--train_file_dir and --dataset_name both name the training data: give one")
+    if not (config["train_file_dir"] or config["dataset_name"]):
+        raise UserError(f"posttrain {config.command} needs training data: --train_file_dir or --dataset_name")
+    if config["validation_file_dir"] and config["validation_split_percentage"]:
+        raise UserError("--validation_file_dir and --validation_split_percentage both name the held-out rows: give one")
     if not 0 <= config["validation_split_percentage"] < 100:
         raise UserError(f"--validation_split_percentage {config['validation_split_percentage']}: must be in [0, 100)")
+    held_out = config["validation_file_dir"] or config["validation_split_percentage"] or config["dataset_name"]
+    needs: dict[str, str | bool] = {
+        "dataset_config_name": not config["dataset_name"] and "--dataset_name",
+        "dataset_weights": not config["train_file_dir"] and "several datasets in --train_file_dir",
+        "max_eval_samples": not held_out and HELD_OUT_FLAGS,
+        **(idle or {}),
+    }
+    for name, needed in needs.items():
+        if needed and config.given(name):
+            raise UserError(f"--{name} does nothing without {needed}")
 
 
 def _check_data(config: Config) -> None:
     stage = config.command
-    if config["train_file_dir"] and config["dataset_name"]:
-        raise UserError("--train_file_dir and --dataset_name both name the training data: give one")
-    if not (config["train_file_dir"] or config["dataset_name"]):
-        raise UserError(f"posttrain {stage} needs training data: --train_file_dir or --dataset_name")
-    if config["validation_file_dir"] and config["validation_split_percentage"]:
-        raise UserError("--validation_file_dir and --validation_split_percentage both name the held-out rows: give one")
-    held_out = config["validation_file_dir"] or config["validation_split_percentage"] or config["dataset_name"]
-    idle = {
-        "dataset_config_name": not config["dataset_name"] and "--dataset_name",
-        "dataset_weights": not config["train_file_dir"] and "several datasets in --train_file_dir",
-        "max_eval_samples": not held_out and HELD_OUT_FLAGS,
-        "shuffle_buffer_rows": stage == "pt" and not config["streaming"] and "--streaming True",
-        "prefix_sharing": stage in ("rm", "dpo") and not config["padding_free"] and "--padding_free True",
-    }
-    for name, needed in idle.items():
-        if needed and config.given(name):
-            raise UserError(f"--{name} does nothing without {needed}")
+    check_sources(
+        config,
+        {
+            "shuffle_buffer_rows": stage == "pt" and not config["streaming"] and "--streaming True",
+            "prefix_sharing": stage in ("rm", "dpo") and not config["padding_free"] and "--padding_free True",
+        },
+    )
     workers = config["dataloader_num_workers"]
     if workers < 0:
         raise UserError(f"--dataloader_num_workers {workers}: must be at least 0")
@@ -183,7 +194,12 @@ def _check_library(config: Config, on_cpu: bool) -> None:
         raise UserError("--fsdp shards over processes: start them with torchrun --nproc_per_node")
     if config["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
         raise UserError("--deepspeed needs the package: pip install 'posttrain[deepspeed]'")
-    wanted = {*config["report_to"]} - {"none", "all", "tensorboard", "flyte"}
+    check_reporting(config["report_to"])
+
+
+def check_reporting(names: Sequence[str]) -> None:
+    """Raises UserError where a place for metrics is not known or its package not installed."""
+    wanted = {*names} - {"none", "all", "tensorboard", "flyte"}
     missing = wanted - {*get_available_reporting_integrations()} if wanted else set()
     if missing:
         raise UserError(f"--report_to {min(missing)}: not known or not installed")

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from posttrain.config import Config
 from posttrain.model.load import hardware_dtype
-from posttrain.training.resolve import CPU_FORWARD_TOKENS, GPU_FORWARD_TOKENS, HELD_OUT_FLAGS
+from posttrain.training.resolve import CPU_FORWARD_TOKENS, GPU_FORWARD_TOKENS, HELD_OUT_FLAGS, check_reporting, check_sources
 from posttrain.types import UserError
+
+logger = logging.getLogger(__name__)
 
 LEARNING_RATES = (1e-5, 1e-6)  # adapter, all weights
 VALUE_FACTOR = 10.0  # the value head starts at zero and has far to go
-AT_LEAST_ONE = (
-    "rollout_batch_size", "num_generations", "mini_batch_size", "num_ppo_epochs", "max_target_length", "logging_steps", "lora_rank",
-    "kl_horizon",
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (
+        ("rollout_batch_size", "num_generations", "mini_batch_size", "num_ppo_epochs", "max_target_length", "logging_steps",
+         "save_total_limit", "lora_rank", "kl_horizon"), lambda x: x >= 1, "at least 1",
+    ),
+    (
+        ("init_kl_coef", "missing_eos_penalty", "eval_steps", "save_steps", "weight_decay", "warmup_steps", "max_grad_norm", "seed"),
+        lambda x: x >= 0, "at least 0",
+    ),
+    (
+        ("learning_rate", "value_learning_rate", "adam_epsilon", "num_train_epochs", "kl_target", "target_kl", "score_clip", "temperature"),
+        lambda x: x > 0, "above 0",
+    ),
+    (("gamma", "lam"), lambda x: 0 <= x <= 1, "in [0, 1]"),
+    (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "in [0, 1)"),
+    (("max_source_length",), lambda x: x >= 2, "at least 2 tokens"),
 )  # fmt: skip
-NOT_NEGATIVE = ("init_kl_coef", "missing_eos_penalty", "eval_steps", "save_steps", "weight_decay")
 ADAPTER_FLAGS = ("peft_path", "use_dora", "use_rslora", "lora_rank", "lora_alpha", "target_modules")
 
 
 def resolve_ppo(config: Config) -> Config:
     """Checked, with dtype, learning rates and sizes filled in."""
     _check_numbers(config)
+    config = _fit_mini_batch(config)
     _check_sizes(config)
+    check_sources(config, _idle(config))
     _check_meaning(config)
+    check_reporting([config["report_to"]])
     on_cpu = config["use_cpu"] or not torch.accelerator.is_available()
     native = torch.bfloat16 if on_cpu and torch.cpu._is_avx512_bf16_supported() else hardware_dtype()
     half = native is torch.bfloat16 if config["bf16"] is None else config["bf16"]
@@ -40,6 +59,11 @@ def resolve_ppo(config: Config) -> Config:
         config = config.replace("learning_rate", LEARNING_RATES[0 if config["use_peft"] else 1])
     if config["value_learning_rate"] is None:
         config = config.replace("value_learning_rate", VALUE_FACTOR * config["learning_rate"])
+    if config["lora_dropout"]:
+        logger.warning(
+            "note: --lora_dropout %s is 0 in ppo: dropout would make the log-probs of two passes differ", config["lora_dropout"]
+        )
+        config = config.replace("lora_dropout", 0.0)
     config = config.replace("bf16", half).replace("use_cpu", on_cpu)
     return config if config["logging_dir"] else config.replace("logging_dir", str(Path(config["output_dir"], "logs")))
 
@@ -54,19 +78,20 @@ def steps(config: Config, n_prompts: int) -> int:
 
 
 def _check_numbers(config: Config) -> None:
-    for name in AT_LEAST_ONE:
-        if config[name] < 1:
-            raise UserError(f"--{name} {config[name]}: must be at least 1")
-    for name in NOT_NEGATIVE:
-        if config[name] < 0:
-            raise UserError(f"--{name} {config[name]}: must not be below 0")
-    for name in ("gamma", "lam"):
-        if not 0 <= config[name] <= 1:
-            raise UserError(f"--{name} {config[name]}: must be in [0, 1]")
-    if config["max_source_length"] < 2:
-        raise UserError(f"--max_source_length {config['max_source_length']}: must be at least 2 tokens")
-    if config["score_clip"] is not None and config["score_clip"] <= 0:
-        raise UserError(f"--score_clip {config['score_clip']}: must be above 0")
+    for names, fits, said in RANGES:
+        for name in names:
+            if config[name] is not None and not fits(config[name]):
+                raise UserError(f"--{name} {config[name]}: must be {said}")
+
+
+def _fit_mini_batch(config: Config) -> Config:
+    """An open --mini_batch_size becomes the largest share of a rollout that is not above its default."""
+    answers = config["num_generations"]
+    episodes = config["rollout_batch_size"] * answers
+    if config.given("mini_batch_size") or episodes % config["mini_batch_size"] == config["mini_batch_size"] % answers == 0:
+        return config
+    fitting = [n for n in range(answers, max(answers, config["mini_batch_size"]) + 1, answers) if episodes % n == 0]
+    return config.replace("mini_batch_size", fitting[-1])
 
 
 def _check_sizes(config: Config) -> None:
@@ -85,8 +110,6 @@ def _check_sizes(config: Config) -> None:
 
 def _check_meaning(config: Config) -> None:
     """Flags that would do nothing, or harm."""
-    if config["lora_dropout"]:
-        raise UserError("--lora_dropout: PPO compares log-probs of two passes, which dropout would make differ; leave it at 0")
     if config["modules_to_save"]:
         raise UserError("--modules_to_save: the roles of PPO share the base's weights, so none of them can be trained whole")
     for name in ADAPTER_FLAGS:
@@ -96,13 +119,21 @@ def _check_meaning(config: Config) -> None:
         raise UserError(
             "--reward_adapter shares the policy's base, which --use_peft False trains: merge it, then --reward_model_name_or_path"
         )
-    if config.given("target_kl") and not config["early_stopping"]:
-        raise UserError("--target_kl does nothing without --early_stopping True")
-    for name in ("kl_horizon",):
-        if config.given(name) and not config["adap_kl_ctrl"]:
-            raise UserError(f"--{name} does nothing without --adap_kl_ctrl True")
     if config["kl_loss_coef"] and not config["init_kl_coef"]:
         raise UserError("--kl_loss_coef needs the reference, which --init_kl_coef 0 leaves out")
+    if config["adap_kl_ctrl"] and not config["init_kl_coef"]:
+        raise UserError("--adap_kl_ctrl scales β, which --init_kl_coef 0 keeps at 0: start above it")
+
+
+def _idle(config: Config) -> dict[str, str | bool]:
+    """What a flag does nothing without; False where it acts."""
     held_out = config["validation_file_dir"] or config["validation_split_percentage"] or config["dataset_name"]
-    if config["eval_steps"] and not held_out:
-        raise UserError(f"--eval_steps needs held-out prompts: {HELD_OUT_FLAGS}")
+    measured = config["init_kl_coef"] > 0 and (config["adap_kl_ctrl"] or config["guards"])
+    return {
+        "target_kl": not config["early_stopping"] and "--early_stopping True",
+        "kl_horizon": not config["adap_kl_ctrl"] and "--adap_kl_ctrl True",
+        "kl_target": not measured and "--init_kl_coef above 0, and --adap_kl_ctrl True or --guards True",
+        "reward_batch_size": not config["reward_model_name_or_path"] and "--reward_model_name_or_path",
+        "save_total_limit": not config["save_steps"] and "--save_steps",
+        "eval_steps": config["eval_steps"] > 0 and not held_out and f"held-out prompts: {HELD_OUT_FLAGS}",
+    }
