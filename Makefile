@@ -26,6 +26,8 @@ check: lint test
 bench: $(READY)
 	bash scripts/setup.sh bench
 	$(PY) benchmarks/sft.py
+	$(PY) benchmarks/dpo.py
+	$(PY) benchmarks/rm.py
 
 gpu-check: $(READY)
 	$(PY) benchmarks/gpu_check.py

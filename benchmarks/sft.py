@@ -12,17 +12,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data" / "sft" / "medical_sft_800.jsonl"
-MODEL = "smollm2-135m-instruct"
+from common import (
+    ALPHA,
+    MODEL,
+    OUT,
+    RANK,
+    ROOT,
+    SHARED,
+    StepClock,
+    counted,
+    gibibytes,
+    loop_arguments,
+    run_contender,
+    save_rows,
+    train,
+    trl_lora,
+)
+
 LONGEST_TOKENS, PACKED_TOKENS, BATCH_ROWS = 1024, 4096, 8
 CONTENDERS = ("ours", "trl_packed", "trl_padded")
 TARGETS = {"trl_packed": 3.0, "trl_padded": 4.0}  # speed ratios to reach
@@ -38,7 +48,8 @@ def prepared_rows(n_rows: int) -> list[dict[str, Any]]:
 
     tokenizer = load_tokenizer(MODEL)
     apply_template(tokenizer, None)
-    source = SHARED if SHARED.is_file() else ROOT / "examples" / "sft"
+    shared = SHARED / "sft" / "medical_sft_800.jsonl"
+    source = shared if shared.is_file() else ROOT / "examples" / "sft"
     stream = stream_rows(DataSource(str(source)), DataPlan(kind="chat", bad_rows="skip"), EncodeChat(tokenizer, 1 << 20))
     rows = []
     for row in stream:
@@ -47,53 +58,6 @@ def prepared_rows(n_rows: int) -> list[dict[str, Any]]:
         if len(rows) == n_rows:
             break
     return rows
-
-
-class StepClock:
-    """When each optimizer step ended, and how many real tokens it held."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-        self.tokens: list[int] = []
-        self.pending_tokens = 0
-
-    def end_step(self) -> None:
-        self.ends.append(time.perf_counter())
-        self.tokens.append(self.pending_tokens)
-        self.pending_tokens = 0
-
-    def tokens_per_second(self) -> float:
-        """Over all steps but the first, which warms up."""
-        if len(self.ends) < 2:
-            return float("nan")
-        return sum(self.tokens[1:]) / (self.ends[-1] - self.ends[0])
-
-
-def clock_callback(clock: StepClock) -> Any:
-    from transformers import TrainerCallback
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clock.end_step()
-
-    return Clock()
-
-
-def counted(collate: Any, clock: StepClock, count: Any) -> Any:
-    def wrapped(rows: Any) -> Any:
-        batch = collate(rows)
-        clock.pending_tokens += count(batch)
-        return batch
-
-    return wrapped
-
-
-def common_arguments(steps: int, batch_rows: int, dtype: str) -> dict[str, Any]:
-    return {
-        "output_dir": "outputs/bench", "per_device_train_batch_size": batch_rows, "max_steps": steps, "learning_rate": 2e-4,
-        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": dtype == "bfloat16",
-        "lr_scheduler_type": "constant", "disable_tqdm": True, "seed": 1,
-    }  # fmt: skip
 
 
 def run_ours(rows: list[dict[str, Any]], steps: int, dtype: str) -> dict[str, Any]:
@@ -111,24 +75,22 @@ def run_ours(rows: list[dict[str, Any]], steps: int, dtype: str) -> dict[str, An
     from posttrain.training.resolve import CPU_FORWARD_TOKENS
     from posttrain.training.trainer import ObjectiveTrainer, TrainingData, use_callbacks
 
-    model = attach_lora(load_model(MODEL, dtype), Lora(rank=8, alpha=16))  # type: ignore[arg-type]
+    model = attach_lora(load_model(MODEL, dtype), Lora(rank=RANK, alpha=ALPHA))  # type: ignore[arg-type]
     enable_segments(model)
     install_logprobs(model)
     fuse(model)
-    arguments = TrainingArguments(**common_arguments(steps, min(BATCH_ROWS, len(rows)), dtype), remove_unused_columns=False)
+    arguments = TrainingArguments(**loop_arguments(steps, min(BATCH_ROWS, len(rows)), dtype), remove_unused_columns=False)
     clock = StepClock()
     data = TrainingData(Groups(rows), None, counted(collate, clock, lambda batch: batch.n_tokens), CPU_FORWARD_TOKENS)
     trainer = ObjectiveTrainer(model, arguments, data, LanguageModel(), load_tokenizer(MODEL))
-    use_callbacks(trainer, [clock_callback(clock)])
-    trainer.train()
-    return summary(clock, trainer)
+    use_callbacks(trainer, [])
+    return train(trainer, clock)
 
 
 def run_trl(rows: list[dict[str, Any]], steps: int, dtype: str, packing: bool) -> dict[str, Any]:
     """TRL's SFTTrainer on the same ids, with its memory-saving activation recomputation off (faster) as ours has it."""
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     from posttrain.model.embedded import resolve_model
@@ -137,20 +99,21 @@ def run_trl(rows: list[dict[str, Any]], steps: int, dtype: str, packing: bool) -
     data = Dataset.from_list([{"input_ids": r["input_ids"], "completion_mask": r["trained"]} for r in rows])
     equal_check = steps == 1
     arguments = SFTConfig(
-        **common_arguments(steps, min(BATCH_ROWS, len(rows)) if not packing or equal_check else 1, dtype),
+        **loop_arguments(steps, min(BATCH_ROWS, len(rows)) if not packing or equal_check else 1, dtype),
         max_length=PACKED_TOKENS if packing else LONGEST_TOKENS, packing=packing, packing_strategy="bfd",
         completion_only_loss=True, gradient_checkpointing=False,
         model_init_kwargs={"dtype": getattr(torch, dtype)},
     )  # fmt: skip
-    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     clock = StepClock()
     trainer = SFTTrainer(
-        resolve_model(MODEL), arguments, train_dataset=data, processing_class=load_tokenizer(MODEL), peft_config=lora
+        resolve_model(MODEL),
+        arguments,
+        train_dataset=data,
+        processing_class=load_tokenizer(MODEL),
+        peft_config=trl_lora("CAUSAL_LM"),
     )
     trainer.data_collator = counted(trainer.data_collator, clock, real_tokens)
-    trainer.add_callback(clock_callback(clock))
-    trainer.train()
-    return summary(clock, trainer)
+    return train(trainer, clock)
 
 
 def real_tokens(batch: dict[str, Any]) -> int:
@@ -158,17 +121,6 @@ def real_tokens(batch: dict[str, Any]) -> int:
     if "attention_mask" in batch:
         return int(batch["attention_mask"].sum())
     return int(batch["input_ids"].numel())
-
-
-def summary(clock: StepClock, trainer: Any) -> dict[str, Any]:
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "tokens_per_second": clock.tokens_per_second(),
-        "loss": losses[0],
-        "peak_bytes": peak_kib * 1024,
-        "tokens": clock.tokens,
-    }
 
 
 def matrix_peak_flops() -> float:
@@ -202,48 +154,32 @@ def flops_per_token(rows: list[dict[str, Any]]) -> float:
     return c.num_hidden_layers * (frozen + adapters + attention) + trained * 4 * d * c.vocab_size
 
 
-def run_contender(name: str, rows_file: str, steps: int, dtype: str) -> dict[str, Any]:
-    """One contender in a process of its own; its result is the last line it prints."""
-    words = [sys.executable, __file__, "--contender", name, "--rows_file", rows_file, "--steps", str(steps), "--dtype", dtype]
-    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    if name == "ours":
-        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it; TRL keeps its own (faster alone) default
-    done = subprocess.run(words, capture_output=True, text=True, env=env)
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def compare(n_rows: int, only: list[str]) -> dict[str, Any]:
     """All contenders, and the ratios."""
     rows = prepared_rows(n_rows)
     steps = len(rows) // BATCH_ROWS
-    out = ROOT / "outputs" / "bench"
-    out.mkdir(parents=True, exist_ok=True)
-    files = {name: str(out / f"rows_{name}.json") for name in ("all", "first")}
-    Path(files["all"]).write_text(json.dumps(rows))
-    Path(files["first"]).write_text(json.dumps(rows[:BATCH_ROWS]))
+    files = {"all": save_rows("all", rows), "first": save_rows("first", rows[:BATCH_ROWS])}
     lengths = [len(r["input_ids"]) for r in rows]
     print(
         f"{len(rows)} rows of {min(lengths)}-{max(lengths)} tokens, {sum(lengths):,} in all; LoRA r=8 on all linear layers, bf16"
     )
     results: dict[str, Any] = {}
     for name in only:
-        timed = run_contender(name, files["all"], steps if name != "trl_packed" else 1000, "bfloat16")
-        losses = {d: run_contender(name, files["first"], 1, d)["loss"] for d in ("bfloat16", "float32")}
+        timed = run_contender(__file__, name, files["all"], steps if name != "trl_packed" else 1000, "bfloat16")
+        losses = {d: run_contender(__file__, name, files["first"], 1, d)["losses"][0] for d in ("bfloat16", "float32")}
         results[name] = {**timed, "loss": losses}
         print(
-            f"{name:<11} {timed['tokens_per_second']:7.1f} tokens/s   peak {timed['peak_bytes'] / 2**30:5.2f} GiB"
+            f"{name:<11} {timed['per_second']:7.1f} tokens/s   peak {gibibytes(timed['peak_bytes'])}"
             f"   loss at step 1: bf16 {losses['bfloat16']:.4f}, fp32 {losses['float32']:.6f}",
             flush=True,
         )
     if "ours" in results:
-        share = results["ours"]["tokens_per_second"] * flops_per_token(rows) / matrix_peak_flops()
+        share = results["ours"]["per_second"] * flops_per_token(rows) / matrix_peak_flops()
         results["ours"]["share_of_matrix_peak"] = share
         print(f"ours runs at {share:.0%} of this machine's bf16 matrix peak")
     for name in set(TARGETS) & set(results) if "ours" in results else ():
         ours, theirs = results["ours"], results[name]
-        speed = ours["tokens_per_second"] / theirs["tokens_per_second"]
+        speed = ours["per_second"] / theirs["per_second"]
         memory = ours["peak_bytes"] / theirs["peak_bytes"]
         gap = {d: abs(ours["loss"][d] - theirs["loss"][d]) for d in ours["loss"]}
         print(
@@ -275,7 +211,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     results = compare(args.rows, args.only.split(","))
-    (ROOT / "outputs" / "bench" / "sft.json").write_text(json.dumps(results, indent=2) + "\n")
+    (OUT / "sft.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
