@@ -146,6 +146,7 @@ def test_a_module_of_the_current_directory(tmp_path: Path, monkeypatch: pytest.M
     write(tmp_path / "my_rewards", "__init__.py", "")
     write(tmp_path / "my_rewards", "length.py", "def score(answers):\n    return [len(a) for a in answers]\n")
     assert source(load_function("my_rewards.length:score"))(EPISODES) == [8.0, 8.0]
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     write(tmp_path, "colorsys.py", "def rgb_to_hsv(answers): ...\n")
     with pytest.raises(UserError, match="asks for 'r'"):  # the library's: ours never stands in for it
         load_function("colorsys:rgb_to_hsv")

@@ -175,7 +175,15 @@ def word_tokenizer(template: str | None, **special: Any) -> Any:
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
-    made = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", **special)
+    names_of_inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        model_input_names=names_of_inputs,
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        **special,
+    )
     made.chat_template = template
     return made
 
@@ -262,6 +270,14 @@ def test_padding_never_changes_what_a_classifier_says(tmp_path: Path, tokenizer:
     for batch_rows in (1, 3, 10):
         got = load(folder, tokenizer, batch_rows=batch_rows)(episodes(tokenizer))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_types_is_given_none(tmp_path: Path, tokenizer: Any) -> None:
+    """GPT-2 would add the embedding of token 0 or 1 to every token."""
+    own = word_tokenizer(None)
+    folder = lively(gpt2(0), tmp_path, own)
+    expected = plain(folder, [{"input_ids": own(question, answer)["input_ids"]} for question, answer in TEXTS])
+    torch.testing.assert_close(load(folder, tokenizer)(episodes(tokenizer)), [s for (s,) in expected], rtol=1e-4, atol=1e-5)
 
 
 def test_scores_of_a_half_precision_decoder_are_not_rounded(tmp_path: Path, tokenizer: Any) -> None:
