@@ -339,6 +339,7 @@ def test_metrics(objective: Preference) -> None:
         "logprob_chosen_nats": sum(sum(policy[0]) for policy, _ in PAIRS) / 3,
         "logprob_rejected_nats": sum(sum(policy[1]) for policy, _ in PAIRS) / 3,
         "nll_chosen_nats": -sum(sum(policy[0]) / len(policy[0]) for policy, _ in PAIRS) / 3,
+        "policy_accuracy": sum(sum(w) / len(w) > sum(r) / len(r) for (w, r), _ in PAIRS) / 3,
     }
     if objective.loss.needs_reference:
         ratios = [a - b for pair in PAIRS for said, known in zip(*pair, strict=True) for a, b in zip(said, known, strict=True)]
