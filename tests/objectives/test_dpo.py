@@ -351,8 +351,8 @@ def test_metrics(objective: Preference) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_tie_counts_as_wrong(loss: DpoLoss) -> None:
     tie = (([-1.0, -1.0], [-1.0, -1.0]), ([-2.0, -2.0], [-2.0, -2.0]))
-    total, count = run(Preference(loss), [tie])[2].metrics["accuracy"]
-    assert (float(total), float(count)) == (0, 1)
+    metrics = run(Preference(loss), [tie])[2].metrics
+    assert [[float(x) for x in metrics[name]] for name in ("accuracy", "policy_accuracy")] == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("loss", REFERENCED)
