@@ -47,7 +47,7 @@ def parse_line(line: str) -> None:
     if "--help" in words:
         return
     options = config.options_of(command.groups, command.training)
-    words = [word for word in words if word != "…"]
+    words = command.words([word for word in words if word != "…"])
     missing = [o.name for o in options.values() if o.default is config.dataclasses.MISSING and f"--{o.name}" not in words]
     config.parse(name, command.groups, command.training, [*words, *(w for n in missing for w in (f"--{n}", "x"))])
 

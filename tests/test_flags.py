@@ -159,20 +159,22 @@ def commands_of_old_word(word: str) -> list[str]:
         options = config.options_of(command.groups, command.training)
         if word in options:
             continue
-        new = newest(word, options)
+        new = newest(word, options, name)
         loads_model = "base_model" in options or "model_name_or_path" in options
-        if new in options or (new is None and (command.training or (loads_model and word in hf_flags.ABOUT_MODELS))):
+        taken = "learning_rate" in options or (loads_model and word in hf_flags.ABOUT_MODELS)
+        if new in options or (new is None and (taken or word in hf_flags.OF_COMMAND.get(name, {}))):
             found.append(name)
     return found
 
 
-def newest(word: str, options: dict[str, config.Option]) -> str | None:
+def newest(word: str, options: dict[str, config.Option], command: str) -> str | None:
     """What an old word is called in a command."""
-    new = hf_flags.RENAMED[word][0]
-    return newest(new, options) if new is not None and new not in options and new in hf_flags.RENAMED else new
+    renamed = hf_flags.renamed(command)
+    new = renamed[word][0] if word in renamed else ""
+    return newest(new, options, command) if new is not None and new not in options and new in renamed else new
 
 
-@pytest.mark.parametrize("word", sorted(hf_flags.RENAMED))
+@pytest.mark.parametrize("word", sorted({*hf_flags.RENAMED, *(word for words in hf_flags.OF_COMMAND.values() for word in words)}))
 def test_an_old_word_is_taken_where_it_makes_sense(word: str) -> None:
     takers = commands_of_old_word(word)
     assert takers
@@ -180,12 +182,12 @@ def test_an_old_word_is_taken_where_it_makes_sense(word: str) -> None:
         options = config.options_of(command.groups, command.training)
         if word in options:
             continue
-        new = newest(word, options)
+        new = newest(word, options, name)
         value = sample(options[new]) if new in options else "1"
         required = {o: "x" for o, option in options.items() if option.default is dataclasses.MISSING and o != new}
         argv = [text for option, text in {**required, word: value}.items() for text in (f"--{option}", text)]
         if name not in takers:
-            with pytest.raises(UserError, match=f"--{word} (is unknown|would do nothing)"):
+            with pytest.raises(UserError, match=f"--{word} (is unknown|would do nothing|cannot be used)"):
                 config.parse(name, command.groups, command.training, argv)
             continue
         got = config.parse(name, command.groups, command.training, argv)
@@ -197,13 +199,23 @@ def test_an_old_word_is_taken_where_it_makes_sense(word: str) -> None:
 
 def test_the_commands_of_some_old_words() -> None:
     """Written out, so that the rule above is seen at work."""
-    assert commands_of_old_word("group_by_length") == ["pt", "sft"]
-    assert commands_of_old_word("torch_dtype") == ["pt", "sft", "merge", "generate", "score", "chat"]
+    trained = ["pt", "sft", "rm", "dpo", "ppo"]
+    asked = ["generate", "score", "inference", "chat"]
+    assert commands_of_old_word("group_by_length") == trained
+    assert commands_of_old_word("torch_dtype") == [*trained, "merge", *asked]
+    assert commands_of_old_word("batch_size") == ["ppo"]
+    assert commands_of_old_word("eval_batch_size") == ["ppo", *asked[:3]]
     assert commands_of_old_word("max_seq_length") == ["pt", "sft", "show"]
     assert commands_of_old_word("model_max_length") == ["pt"]
-    assert commands_of_old_word("model_type") == ["merge", "generate", "score", "chat", "show"]
+    assert commands_of_old_word("model_type") == ["merge", *asked, "show"]
     got = config.parse("pt", cli.COMMANDS["pt"].groups, True, ["--model_name_or_path", "m", "--cutoff_len", "77"])
     assert got["block_size"] == 77
+
+
+@pytest.mark.parametrize(("command", "word"), [(name, word) for name, words in hf_flags.REFUSED_BY.items() for word in words])
+def test_a_command_says_why_it_refuses_a_word(command: str, word: str) -> None:
+    with pytest.raises(UserError, match=re.escape(hf_flags.REFUSED_BY[command][word])):
+        config.parse(command, cli.COMMANDS[command].groups, False, [f"--{word}", "1"])
 
 
 def sample(option: config.Option) -> str:

@@ -7,50 +7,12 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING
 
-from posttrain import __version__, config, flags
+from posttrain import __version__, config
+from posttrain.commands.table import COMMANDS
 from posttrain.data.template_files import list_templates
 from posttrain.types import UserError
-
-
-@dataclass(frozen=True)
-class Command:
-    """One verb: the module whose `run(config)` does it, a line of help, its flag groups, and whether it trains."""
-
-    module: str
-    purpose: str
-    groups: tuple[type, ...]
-    training: bool = False
-
-
-_TRAIN = (flags.ModelFlags, flags.AdapterFlags, flags.DataFlags, flags.PrepareFlags)
-_PAIRS = (*_TRAIN, flags.TemplateFlags, flags.PairFlags, flags.SharingFlags)
-COMMANDS: dict[str, Command] = {
-    "pt": Command("train", "continued pretraining on plain text", (*_TRAIN, flags.TextFlags, flags.RunFlags), True),
-    "sft": Command(
-        "train", "supervised fine-tuning on conversations",
-        (*_TRAIN, flags.TemplateFlags, flags.ChatFlags, flags.PackFlags, flags.RunFlags), True,
-    ),
-    "rm": Command("train", "reward model on preference pairs", (*_PAIRS, flags.RewardFlags, flags.RunFlags), True),
-    "dpo": Command("train", "direct preference optimization on pairs", (*_PAIRS, flags.DpoFlags, flags.RunFlags), True),
-    "ppo": Command(
-        "ppo", "reinforcement learning from rewards (PPO)",
-        (
-            flags.ModelFlags, flags.AdapterFlags, flags.DataFlags, flags.PrepareFlags, flags.TemplateFlags, flags.PromptFlags,
-            flags.RewardSourceFlags, flags.PpoFlags, flags.LoopFlags, flags.RunFlags,
-        ),
-    ),
-    "merge": Command("merge", "adapter + base -> one model folder", (flags.MergeFlags,)),
-    "generate": Command("generate", "answer a file of prompts", (flags.InferenceFlags, flags.GenerateFlags, flags.SamplingFlags)),
-    "score": Command("score", "rate a file of chats or pairs by a reward model", (flags.InferenceFlags, flags.ScoreFlags)),
-    "chat": Command("chat", "talk to a model in the terminal", (flags.InferenceFlags, flags.SamplingFlags)),
-    "show": Command(
-        "show", "print rows as the model sees them, trained tokens in colour",
-        (flags.ShowFlags, flags.ShowModelFlags, flags.DataFlags, flags.TemplateFlags, flags.ChatFlags, flags.ShowTextFlags, flags.PairFlags),
-    ),
-    "convert": Command("convert", "any data format -> canonical JSONL", (flags.ConvertFlags,)),
-}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +47,7 @@ def _dispatch(words: list[str]) -> int:
     if "-h" in words or "--help" in words:
         print(command_help(name, everything="--all" in words))
         return 0
-    parsed = config.parse(name, command.groups, command.training, words)
+    parsed = config.parse(name, command.groups, command.training, command.words(words))
     for note in parsed.notes:
         print(f"note: {note}", file=sys.stderr)
     if "cache_dir" in parsed.values and parsed["cache_dir"]:

@@ -143,11 +143,11 @@ def parse(command: str, groups: Sequence[type], training: bool, argv: Sequence[s
     """Read `argv` (and the YAML file that `--config` names) for a command. UserError on anything that is not understood."""
     options = options_of(groups, training)
     notes: list[str] = []
-    given = _read_argv(options, argv, notes)
+    given = _read_argv(options, argv, notes, command)
     config_file = given.pop("config", None)
     values = {o.name: Value(o.default, "default") for o in options.values() if o.default is not dataclasses.MISSING}
     if config_file is not None:
-        values |= {n: Value(v, "file") for n, v in _read_yaml(options, Path(config_file), notes).items()}
+        values |= {n: Value(v, "file") for n, v in _read_yaml(options, Path(config_file), notes, command).items()}
     values |= {n: Value(v, "flag") for n, v in given.items()}
     missing = [f"--{n}" for n in options if n not in values]
     if missing:
@@ -155,23 +155,26 @@ def parse(command: str, groups: Sequence[type], training: bool, argv: Sequence[s
     return Config(command, {n: values[n] for n in options}, tuple(notes))
 
 
-def _canonical(options: Mapping[str, Option], name: str, where: str, notes: list[str]) -> str | None:
+def canonical(options: Mapping[str, Option], name: str, where: str, notes: list[str], command: str) -> str | None:
     """The option's name, following renames; None for a word that is needed no more. UserError for an unknown one."""
     if name in options:
         return name
-    if name in hf_flags.RENAMED:
-        new, why = hf_flags.RENAMED[name]
-        while new is not None and new not in options and new in hf_flags.RENAMED:
-            new, why = hf_flags.RENAMED[new]
-        if new is None and _is_taken(name, options):
+    renamed = hf_flags.renamed(command)
+    if name in renamed:
+        new, why = renamed[name]
+        while new is not None and new not in options and new in renamed:
+            new, why = renamed[new]
+        if new is None and (name in hf_flags.OF_COMMAND.get(command, {}) or _is_taken(name, options)):
             notes.append(f"{where} is not needed: {why}")
             return None
         if new is not None and new in options:
             notes.append(f"{where} is now --{new}" + (f" ({why})" if why else ""))
             return new
+    if name in hf_flags.REFUSED_BY.get(command, {}):
+        raise UserError(f"{where} cannot be used here: {hf_flags.REFUSED_BY[command][name]}")
     if name in hf_flags.REFUSED and "output_dir" in options:
         raise UserError(f"{where} would do nothing here: {hf_flags.REFUSED[name]}")
-    old = [word for word, (new, _) in hf_flags.RENAMED.items() if new in options]
+    old = [word for word, (new, _) in renamed.items() if new in options]
     near = difflib.get_close_matches(name, [*options, *old], n=1, cutoff=0.5)
     hint = f"did you mean --{near[0]}?" if near else "see --help for the flags of this command"
     raise UserError(f"{where} is unknown: {hint}")
@@ -199,7 +202,7 @@ def _read_value(option: Option, texts: Sequence[str], where: str) -> Any:
     return value
 
 
-def _read_argv(options: Mapping[str, Option], argv: Sequence[str], notes: list[str]) -> dict[str, Any]:
+def _read_argv(options: Mapping[str, Option], argv: Sequence[str], notes: list[str], command: str) -> dict[str, Any]:
     given: dict[str, Any] = {}
     words = list(argv)
     while words:
@@ -214,15 +217,15 @@ def _read_argv(options: Mapping[str, Option], argv: Sequence[str], notes: list[s
         if name == "config":
             given[name] = _single(texts, "--config")
             continue
-        canonical = _canonical(options, name, f"--{name}", notes)
-        if canonical is None:
+        known = canonical(options, name, f"--{name}", notes, command)
+        if known is None:
             continue
-        option = options[canonical]
+        option = options[known]
         if not texts and option.takes != "bool":
             raise UserError(f"--{name} needs a value")
         if len(texts) > 1 and option.takes != "many":
             raise UserError(f"--{name} takes one value, got {' '.join(texts)!r}")
-        given[canonical] = _read_value(option, texts, f"--{name}")
+        given[known] = _read_value(option, texts, f"--{name}")
     return given
 
 
@@ -232,7 +235,7 @@ def _single(texts: Sequence[str], where: str) -> str:
     return texts[0]
 
 
-def _read_yaml(options: Mapping[str, Option], path: Path, notes: list[str]) -> dict[str, Any]:
+def _read_yaml(options: Mapping[str, Option], path: Path, notes: list[str], command: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--config {path}: no such file")
     text = path.read_text(encoding="utf-8")
@@ -249,13 +252,14 @@ def _read_yaml(options: Mapping[str, Option], path: Path, notes: list[str]) -> d
     given: dict[str, Any] = {}
     for name, value in loaded.items():
         where = f"{path}:{lines.get(str(name), 1)}:{name}"
-        canonical = _canonical(options, str(name), where, notes)
-        if canonical is not None:
-            given[canonical] = _yaml_value(options[canonical], value, where)
+        known = canonical(options, str(name), where, notes, command)
+        if known is not None:
+            given[known] = yaml_value(options[known], value, where)
     return given
 
 
-def _yaml_value(option: Option, value: Any, where: str) -> Any:
+def yaml_value(option: Option, value: Any, where: str) -> Any:
+    """A flag's value in a YAML file. UserError, with `where`, for one that does not fit."""
     if value is None:
         return None
     if isinstance(value, dict):

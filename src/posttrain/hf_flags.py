@@ -1,7 +1,7 @@
 """The flags of `transformers.TrainingArguments`, read from its source without importing it (importing loads torch: seconds).
 
-Three tables say how we treat the ones that are not simply passed on: RENAMED (old words that keep working), REFUSED (what
-would do nothing here, with the reason), and PROVIDED (values that we set ourselves).
+Tables say how we treat the ones that are not simply passed on: RENAMED and OF_COMMAND (old words that keep working), REFUSED and
+REFUSED_BY (what would do nothing here, with the reason), and DEFAULTS (values that we set ourselves).
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ RENAMED: dict[str, tuple[str | None, str]] = {
     "cutoff_len": ("model_max_length", ""),
     "model_max_length": ("block_size", "in pt, whose rows are pieces of documents"),
     "lora_r": ("lora_rank", ""),
+    "base_model_name_or_path": ("base_model", ""),
+    "peft_model_path": ("lora_model", ""),
+    "eval_batch_size": ("batch_size", ""),
+    "single_tune": ("single_turn", ""),
+    "from": ("from_stage", ""),
     "lora_target": ("target_modules", ""),
     "activation_checkpointing": ("gradient_checkpointing", ""),
     "activation_checkpointing_kwargs": ("gradient_checkpointing_kwargs", ""),
@@ -52,10 +57,37 @@ RENAMED: dict[str, tuple[str | None, str]] = {
     "ignore_pad_token_for_loss": (None, "padding is never trained on"),
     "keep_linebreaks": (None, "line breaks inside a document are kept"),
     "save_safetensors": (None, "weights are always saved as safetensors"),
+    "remove_unused_columns": (None, "the columns of a batch are ours"),
+    "min_target_length": (None, "an answer is as long as its row or its stop token says"),
+    "packing": (None, "documents of pt are always packed; pairs and prompts carry no padding"),
     "ddp_find_unused_parameters": (None, "every trainable parameter takes part in every step"),
     "past_index": (None, "not used by causal language models"),
     "jit_mode_eval": (None, "removed from transformers"),
     "use_ipex": (None, "removed from transformers"),
+}
+
+# The same for words that one command alone answers so; they come first.
+_BY_MINI_BATCH = "an optimizer step is --mini_batch_size episodes, and --forward_tokens cuts what is computed at once"
+_BY_STEPS = "--save_steps, --eval_steps and --logging_steps say when"
+OF_COMMAND: dict[str, dict[str, tuple[str | None, str]]] = {
+    "ppo": {
+        "batch_size": ("rollout_batch_size", "over all processes"),
+        "response_length": ("max_target_length", ""),
+        "sft_model_path": ("model_name_or_path", ""),
+        "reward_model_path": ("reward_model_name_or_path", ""),
+        "do_train": (None, "ppo trains"),
+        "do_eval": (None, "held-out prompts are answered every --eval_steps rollouts"),
+        "per_device_train_batch_size": (None, _BY_MINI_BATCH),
+        "gradient_accumulation_steps": (None, _BY_MINI_BATCH),
+        "per_device_eval_batch_size": (None, "held-out prompts are answered as those of training are"),
+        "logging_strategy": (None, _BY_STEPS),
+        "eval_strategy": (None, _BY_STEPS),
+        "save_strategy": (None, _BY_STEPS),
+        "logging_first_step": (None, "the first rollout is always logged"),
+        "eval_batch_size": (None, "held-out prompts are answered as those of training are"),
+        "reward_model_device": (None, "models are placed by themselves"),
+    },
+    "inference": {"resize_emb": (None, "embeddings get room for the tokenizer's ids by themselves")},
 }
 
 # Words of RENAMED that lead nowhere and are said of a model, not of training: any command that loads one takes them.
@@ -78,7 +110,6 @@ REFUSED: dict[str, str] = {
     "bf16_full_eval": _EVAL_TYPE,
     "fp16_full_eval": _EVAL_TYPE,
     "do_predict": "use `posttrain generate`",
-    "remove_unused_columns": "the columns of a batch are ours",
     "label_names": "the columns of a batch are ours",
     "use_liger_kernel": "the fused loss is built in and on",
     "liger_kernel_config": "the fused loss is built in and on",
@@ -93,6 +124,13 @@ REFUSED: dict[str, str] = {
     "restore_callback_states_from_checkpoint": "resume is exact here, and no callback has a state of its own",
     "accelerator_config": "how rows reach the processes is ours, and the rest has flags of its own",
     "neftune_noise_alpha": "its noise counts the whole packed row as one example",
+}
+
+REFUSED_BY: dict[str, dict[str, str]] = {
+    "ppo": {
+        "fp16": "PPO computes in bfloat16 or float32: --bf16 True or False; --torch_dtype says how weights are stored",
+        "total_episodes": "say --max_steps (rollouts) or --num_train_epochs (times every prompt is used)",
+    }
 }
 
 # Our defaults where the library's do not suit; a flag wins over them.
@@ -155,3 +193,8 @@ def library_flags() -> dict[str, LibraryFlag]:
             fields = [_field(n) for n in node.body if isinstance(n, ast.AnnAssign)]
             return {f.name: f for f in fields if not f.name.startswith("_")}
     raise UserError("this transformers has no TrainingArguments: posttrain needs transformers >= 5.17 and < 6")
+
+
+def renamed(command: str) -> dict[str, tuple[str | None, str]]:
+    """RENAMED as a command has it."""
+    return {**RENAMED, **OF_COMMAND.get(command, {})}

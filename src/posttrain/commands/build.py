@@ -34,7 +34,7 @@ def build_model(config: Config, tokenizer: Any) -> Any:
     load = load_reward_model if config.command == "rm" else load_model
     model = load(config["model_name_or_path"], config["dtype"], **source(config))
     wanted = config["model_type"]
-    if wanted and wanted != model.config.model_type:
+    if wanted and wanted not in ("auto", model.config.model_type):
         raise UserError(f"--model_type {wanted}: {config['model_name_or_path']} is a {model.config.model_type}")
     added = resize_embeddings(model, tokenizer) if config.command != "pt" else 0
     check_vocabulary(model, tokenizer)

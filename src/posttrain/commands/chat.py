@@ -29,8 +29,15 @@ def run(config: Config) -> None:
         model.base_model, model.lora_model, tokenizer_path=model.tokenizer_path, template_name=model.template_name,
         dtype=model.dtype, trust_remote_code=model.trust_remote_code,
     )  # fmt: skip
+    talk(answerer, sampling, model.system_prompt)
+
+
+def talk(answerer: Answerer, sampling: flags.SamplingFlags, system_prompt: str | None, *, remember: bool = True) -> None:
+    """Answer what comes from the terminal or a pipe. `remember` False: every question is put alone."""
     read = _terminal_reader() if sys.stdin.isatty() else _pipe_reader(sys.stdin)
-    Conversation(answerer, sampling, model.system_prompt, sys.stdout, sys.stderr).talk(read)
+    conversation = Conversation(answerer, sampling, system_prompt, sys.stdout, sys.stderr)
+    conversation.remember = remember
+    conversation.talk(read)
 
 
 def _terminal_reader() -> Callable[[], str]:
@@ -56,6 +63,7 @@ class Conversation:
     def __init__(self, answerer: Answerer, sampling: flags.SamplingFlags, system_prompt: str | None, out: TextIO, notes: TextIO):
         self.answerer, self.sampling, self.system_prompt, self.out, self.notes = answerer, sampling, system_prompt, out, notes
         self.messages: list[Message] = []
+        self.remember = True
         torch.manual_seed(sampling.seed)
 
     def talk(self, read: Callable[[], str]) -> None:
@@ -77,6 +85,8 @@ class Conversation:
 
     def ask(self, question: str) -> None:
         """Stream the answer and remember both turns. A question that cannot be put is forgotten, with a line that says why."""
+        if not self.remember:
+            self.messages.clear()
         self.messages.append(Message("user", question))
         try:
             ids = self._fit()

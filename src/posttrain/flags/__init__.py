@@ -5,10 +5,12 @@ order of fields is the order of the help. Fields of `transformers.TrainingArgume
 """
 
 from posttrain.flags.commands import (
+    AskFlags,
     ConvertFlags,
     GenerateFlags,
     InferenceFlags,
     MergeFlags,
+    PipelineFlags,
     SamplingFlags,
     ScoreFlags,
     ShowFlags,
@@ -39,6 +41,7 @@ from posttrain.flags.training import (
 
 __all__ = [
     "AdapterFlags",
+    "AskFlags",
     "ChatFlags",
     "ConvertFlags",
     "DataFlags",
@@ -50,6 +53,7 @@ __all__ = [
     "ModelFlags",
     "PackFlags",
     "PairFlags",
+    "PipelineFlags",
     "PpoFlags",
     "PrepareFlags",
     "PromptFlags",

@@ -58,6 +58,29 @@ class GenerateFlags:
 
 
 @dataclass(frozen=True)
+class AskFlags:
+    """Questions"""
+
+    interactive: bool = flag(False, "Talk in the terminal, as `posttrain chat` does.")
+    single_turn: bool = flag(False, "With --interactive: every question is put alone, without the turns before it.")
+    data_file: str | None = flag(
+        None, "Prompts: plain text (one a line) or JSONL in any chat format. [default: two built-in questions]"
+    )
+    output_file: str = flag("predictions_result.jsonl", "JSONL to write without --interactive, one object a prompt.")
+    batch_size: int = flag(8, "Prompts generated together.")
+
+
+@dataclass(frozen=True)
+class PipelineFlags:
+    """Pipeline"""
+
+    pipeline: str = flag(REQUIRED, "YAML file of the stages: docs/pipeline.md. The word after `posttrain run`.")
+    from_stage: str | None = flag(None, "Run this stage and those behind it from the start, even if they are finished.")
+    only: str | None = flag(None, "Run only these stages, a,b; what they start from must be there.")
+    dry_run: bool = flag(False, "Print what would be run and why, and run nothing.")
+
+
+@dataclass(frozen=True)
 class ScoreFlags:
     """Files"""
 

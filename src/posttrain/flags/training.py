@@ -14,7 +14,9 @@ class ModelFlags:
 
     model_name_or_path: str = flag(REQUIRED, "Base model: a folder, a hub name, or smollm2-135m-instruct (needs no hub).")
     tokenizer_name_or_path: str | None = flag(None, "Tokenizer to use instead of the model's own.")
-    model_type: str | None = flag(None, "Architecture the model must have (llama, qwen2, …); checked against its config.")
+    model_type: str | None = flag(
+        None, "Architecture the model must have (llama, qwen2, …), checked against its config; auto: any."
+    )
     model_revision: str | None = flag(None, "Branch, tag or commit of a hub model.")
     cache_dir: str | None = flag(
         None, "Folder for downloads and prepared data. [default: $POSTTRAIN_CACHE or ~/.cache/posttrain]"

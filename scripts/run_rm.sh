@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Reward model. MODEL, TRAIN, HELD_OUT and NPROC choose the model, the rows and the number of processes; flags that follow win.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+"${PYTHON:-python}" -m torch.distributed.run --nproc_per_node "${NPROC:-1}" scripts/reward_modeling.py \
+    --model_name_or_path "${MODEL:-smollm2-135m-instruct}" \
+    --train_file_dir "${TRAIN:-examples/pairs}" \
+    --validation_file_dir "${HELD_OUT:-examples/heldout_pairs}" \
+    --model_type auto \
+    --per_device_train_batch_size 4 \
+    --per_device_eval_batch_size 4 \
+    --do_train \
+    --do_eval \
+    --use_peft True \
+    --seed 42 \
+    --max_train_samples 1000 \
+    --max_eval_samples 10 \
+    --num_train_epochs 1 \
+    --learning_rate 2e-5 \
+    --warmup_ratio 0.05 \
+    --weight_decay 0.001 \
+    --logging_strategy steps \
+    --logging_steps 10 \
+    --eval_steps 50 \
+    --evaluation_strategy steps \
+    --save_steps 500 \
+    --save_strategy steps \
+    --save_total_limit 3 \
+    --gradient_accumulation_steps 1 \
+    --preprocessing_num_workers 2 \
+    --max_source_length 256 \
+    --max_target_length 256 \
+    --output_dir outputs-rm-v1 \
+    --overwrite_output_dir \
+    --ddp_timeout 30000 \
+    --logging_first_step True \
+    --target_modules all \
+    --lora_rank 8 \
+    --lora_alpha 16 \
+    --lora_dropout 0.05 \
+    --torch_dtype bfloat16 \
+    --bf16 \
+    --device_map auto \
+    --report_to tensorboard \
+    --ddp_find_unused_parameters False \
+    --gradient_checkpointing True \
+    --cache_dir ./cache \
+    --remove_unused_columns False \
+    "$@"
