@@ -52,7 +52,9 @@ def run(config: Config) -> None:
     config = resolve_ppo(config)
     folder = Path(config["output_dir"])
     checkpoint = artifacts.find_checkpoint(folder, config["resume_from_checkpoint"])
-    AcceleratorState._reset_state(reset_partial_state=True)  # as the library's own settings do: a stage before it may have left one
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # as the library's own settings do: a stage before it may have left one
     accelerator = Accelerator(
         cpu=config["use_cpu"], mixed_precision="bf16" if config["bf16"] else "no", log_with=_trackers(config),
         project_dir=config["logging_dir"],
