@@ -16,7 +16,6 @@ import torch
 
 from conftest import tiny_llama
 from posttrain.model.load import (
-    RopeScaling,
     bytes_by_dtype,
     check_vocabulary,
     hardware_dtype,
@@ -24,6 +23,7 @@ from posttrain.model.load import (
     load_tokenizer,
     resize_embeddings,
 )
+from posttrain.model.rope import RopeScaling, context_tokens
 from posttrain.types import UserError
 
 
@@ -158,6 +158,31 @@ def test_rope_dynamic_leaves_short_texts_alone(model_folder: Path) -> None:
     torch.testing.assert_close(inverse_frequencies(scaled), expected)
 
 
+def test_dynamic_scaling_of_a_row_does_not_depend_on_the_rows_before(model_folder: Path) -> None:
+    rope = RopeScaling("dynamic", factor=2)
+    long, longer = torch.arange(4, 304).repeat(2)[None], torch.arange(4, 304).repeat(3)[None]
+    with torch.no_grad():
+        expected = load_model(str(model_folder), "float32", rope=rope)(long).logits
+        scaled = load_model(str(model_folder), "float32", rope=rope)
+        scaled(longer)
+        torch.testing.assert_close(scaled(long).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+def test_the_context_grows_with_the_factor(model_folder: Path, kind: Any) -> None:
+    assert context_tokens(load_model(str(model_folder), "float32").config) == 512
+    assert context_tokens(load_model(str(model_folder), "float32", rope=RopeScaling(kind, factor=3)).config) == 1536
+
+
+def test_the_same_scaling_twice_is_once(model_folder: Path, tmp_path: Path) -> None:
+    rope = RopeScaling("yarn", factor=2)
+    load_model(str(model_folder), "float32", rope=rope).save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), "float32", rope=rope)
+    assert again.config.max_position_embeddings == 2 * 512
+    with pytest.raises(UserError, match=r"already scaled .yarn, factor 2.0."):
+        load_model(str(tmp_path), "float32", rope=RopeScaling("yarn", factor=4))
+
+
 @pytest.mark.parametrize("kind", ["yarn", "llama3"])
 def test_rope_by_parts(model_folder: Path, kind: Any) -> None:
     plain = load_model(str(model_folder), "float32")
@@ -177,7 +202,7 @@ def test_rope_scaling_survives_saving(model_folder: Path, tmp_path: Path) -> Non
     scaled.save_pretrained(tmp_path)
     again = load_model(str(tmp_path), "float32")
     torch.testing.assert_close(inverse_frequencies(again), inverse_frequencies(scaled))
-    with pytest.raises(UserError, match=r"already scaled .yarn."):
+    with pytest.raises(UserError, match=r"already scaled .yarn,"):
         load_model(str(tmp_path), rope=RopeScaling("linear", factor=2))
 
 

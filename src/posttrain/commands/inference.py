@@ -11,9 +11,10 @@ from transformers import GenerationConfig
 
 from posttrain import flags
 from posttrain.data.template import apply_template, stop_token_ids
-from posttrain.model.adapter import load_adapter
+from posttrain.model.adapter import adapter_rope, load_adapter
 from posttrain.model.load import DType, check_vocabulary, load_model, load_tokenizer, resize_embeddings
 from posttrain.model.merge import merge_tokenizer_folder
+from posttrain.model.rope import context_tokens
 from posttrain.types import Message, UserError
 
 StopReason = Literal["stop", "length"]
@@ -54,15 +55,15 @@ def load_answerer(
     tokenizer = load_tokenizer(folder, padding_side="left", trust_remote_code=trust_remote_code)
     apply_template(tokenizer, template_name)
     device_map = "auto" if torch.cuda.is_available() else None
-    model: Any = load_model(base_model, dtype, trust_remote_code=trust_remote_code, device_map=device_map)
+    rope = adapter_rope(lora_model) if lora_model else None
+    model: Any = load_model(base_model, dtype, trust_remote_code=trust_remote_code, device_map=device_map, rope=rope)
     if lora_model:
         resize_embeddings(model, tokenizer)
     check_vocabulary(model, tokenizer)
     model.generation_config = GenerationConfig()  # a folder's own sampling settings would mix with the flags
     if lora_model:
         model = load_adapter(model, lora_model, trainable=False)
-    context_tokens = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return Answerer(model.eval(), tokenizer, context_tokens)
+    return Answerer(model.eval(), tokenizer, context_tokens(model.config) or tokenizer.model_max_length)
 
 
 def check_sampling(sampling: flags.SamplingFlags) -> None:

@@ -23,11 +23,12 @@ from posttrain.data.load import DataSource, iter_examples
 from posttrain.data.pack import Row, collate, collate_padded
 from posttrain.data.pack_pairs import collate_pairs, collate_pairs_padded
 from posttrain.data.template import apply_template, encode_chat, encode_pair, message_dicts, stop_token_ids
-from posttrain.model.adapter import is_reward_adapter, load_adapter, read_adapter_config
+from posttrain.model.adapter import adapter_rope, is_reward_adapter, load_adapter, read_adapter_config
 from posttrain.model.attention import enable_segments
 from posttrain.model.load import check_vocabulary, load_tokenizer, read_config, resize_embeddings, stores_score_head
 from posttrain.model.merge import merge_tokenizer_folder
 from posttrain.model.reward import install_scores, load_reward_model, set_padding
+from posttrain.model.rope import context_tokens
 from posttrain.types import Chat, Pair, RowError, UserError
 
 Scored = tuple[float, ...]  # the score of a chat; of a pair those of its chosen and its rejected answer
@@ -67,7 +68,8 @@ def load_rater(chosen: flags.InferenceFlags) -> Rater:
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     apply_template(tokenizer, chosen.template_name)
     device_map = "auto" if torch.cuda.is_available() else None
-    model: Any = load_reward_model(base, chosen.dtype, trust_remote_code=trust, device_map=device_map)
+    rope = adapter_rope(lora) if lora else None
+    model: Any = load_reward_model(base, chosen.dtype, trust_remote_code=trust, device_map=device_map, rope=rope)
     if lora:
         resize_embeddings(model, tokenizer)
     check_vocabulary(model, tokenizer)
@@ -76,7 +78,7 @@ def load_rater(chosen: flags.InferenceFlags) -> Rater:
         model = load_adapter(model, lora, trainable=False)
     packed = enable_segments(model.eval()).packed
     install_scores(model)
-    return Rater(model, tokenizer, packed, getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+    return Rater(model, tokenizer, packed, context_tokens(model.config) or tokenizer.model_max_length)
 
 
 def read_rated(data_file: str, system_prompt: str | None = None) -> Iterator[Chat | Pair]:

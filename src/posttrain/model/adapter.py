@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from posttrain.model import lora_forward
 from posttrain.model.reward import HEAD, has_score_head, score_head
+from posttrain.model.rope import RopeScaling, rope_scaling
 from posttrain.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 HEAD_NAMES = {"lm_head", "score", "v_head", "classifier"}
 ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
 LACKS_WEIGHTS = "Found missing adapter keys"  # how peft's warning begins
-FINGERPRINT = "base_fingerprint"  # key inside the adapter config's `auto_mapping`, which peft keeps and does not read
+# Keys inside the adapter config's `auto_mapping`, which peft keeps and does not read.
+FINGERPRINT, ROPE = "base_fingerprint", "rope_scaling"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def attach_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
         use_dora=lora.dora,
         # A tied pair that is trained stays one tensor, or the merged model would need twice the vocabulary's memory.
         ensure_weight_tying=bool(tied and {"embed_tokens", "lm_head"} & set(saved)),
-        auto_mapping={FINGERPRINT: base_fingerprint(model)},
+        auto_mapping={FINGERPRINT: base_fingerprint(model), ROPE: rope_scaling(model.config)},
     )
     return _ready(get_peft_model(model, config))
 
@@ -85,6 +87,7 @@ def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = True) -
     if not any((Path(path) / file).is_file() for file in ("adapter_model.safetensors", "adapter_model.bin")):
         raise UserError(f"{path}: no adapter_model.safetensors (or .bin) in it")
     _check_head(model, settings, path)
+    check_rope(settings, model, path, scaled_since=True)
     expected = (settings.get("auto_mapping") or {}).get(FINGERPRINT)
     actual = base_fingerprint(model)
     if expected and actual and expected != actual:
@@ -114,6 +117,34 @@ def read_adapter_config(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: no adapter_config.json in it, so it is not an adapter folder")
     settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return settings
+
+
+def record_rope(model: PeftModel) -> None:
+    """Let a loaded adapter's folder say how rotary positions are stretched from now on: its base's own folder does not."""
+    for config in model.peft_config.values():
+        config.auto_mapping = {**(config.auto_mapping or {}), ROPE: rope_scaling(model.config)}
+
+
+def adapter_rope(path: str) -> RopeScaling | None:
+    """The RoPE scaling that an adapter was trained under, which its base is to be loaded with; None where there was none.
+
+    It may be that of the base's own config, which `scale_rope` then leaves as it is.
+    """
+    saved = (read_adapter_config(path).get("auto_mapping") or {}).get(ROPE)
+    return RopeScaling(saved["rope_type"], saved["factor"]) if saved else None
+
+
+def check_rope(settings: dict[str, Any], model: nn.Module, path: str, *, scaled_since: bool = False) -> None:
+    """Raises UserError where the model's rotary positions are not those that the adapter was trained under.
+
+    With `scaled_since` a model may be scaled where the adapter's was not. Adapters of other tools do not say, and pass.
+    """
+    known = settings.get("auto_mapping") or {}
+    saved, here = known.get(ROPE), rope_scaling(model.config)
+    if ROPE not in known or saved == here or (scaled_since and saved is None):
+        return
+    words = ["none" if s is None else f"--rope_scaling {s['rope_type']} --rope_factor {s['factor']:g}" for s in (saved, here)]
+    raise UserError(f"{path}: was trained under another RoPE scaling ({words[0]}) than the model has ({words[1]})")
 
 
 def is_reward_adapter(settings: dict[str, Any]) -> bool:

@@ -43,8 +43,8 @@ class Plan(NamedTuple):
     blocks: list[Block]
 
 
-# A model asks for the same plan in every layer; two entries, for models that alternate full and sliding layers.
-@functools.lru_cache(maxsize=2)
+# A model asks for the same plan in every layer; four entries, for layers that alternate full and sliding, and shifted halves of heads.
+@functools.lru_cache(maxsize=4)
 def plan_blocks(table: SegmentTable, locality: Locality, dtype: torch.dtype) -> list[Plan]:
     """The blocks of a packed row, for scores of type `dtype`."""
     plans = []

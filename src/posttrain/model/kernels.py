@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from posttrain.model.block_attention import BlockAttention, plan_blocks
-from posttrain.model.segments import Locality, MisfitError, layer_locality, visible_runs
+from posttrain.model.segments import Locality, MisfitError, ShiftedSegments, layer_locality, visible_runs
 from posttrain.types import SegmentTable
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class View(NamedTuple):
     mask: Tensor | None
 
 
-# A model asks for the same plan in every layer; two entries, for models that alternate full and sliding layers.
-@functools.lru_cache(maxsize=2)
+# A model asks for the same plan in every layer; four entries, for layers that alternate full and sliding, and shifted halves of heads.
+@functools.lru_cache(maxsize=4)
 def views(table: SegmentTable, locality: Locality, device: torch.device) -> list[View]:
     """The views of all segments of a row."""
     plan = []
@@ -61,7 +61,7 @@ class Gather(NamedTuple):
     max_key: int
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def gather(table: SegmentTable, device: torch.device) -> Gather:
     """Keys and values of every segment one after another: ancestors, then its own (the kernel aligns causality bottom-right)."""
     index: list[int] = []
@@ -88,10 +88,10 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface: (B, T, H, D) and no weights.
 
-    With `segments=SegmentTable` among the keywords it is segment attention, else plain SDPA with the mask given.
-    `dropout` is 0 outside training. Raises MisfitError for what it cannot do.
+    With `segments=SegmentTable` among the keywords it is segment attention (ShiftedSegments: each half of the heads by its table),
+    else plain SDPA with the mask given. `dropout` is 0 outside training. Raises MisfitError for what it cannot do.
     """
-    table: SegmentTable | None = kwargs.pop("segments", None)
+    table: SegmentTable | ShiftedSegments | None = kwargs.pop("segments", None)
     if table is None:
         if attention_mask is not None and attention_mask.shape == NO_MASK_SHAPE:
             raise MisfitError("its layers do not hand the segment table on to attention")
@@ -99,22 +99,46 @@ def segment_attention(
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise MisfitError(f"its attention uses {name}")
-    locality = layer_locality(module, kwargs.get("sliding_window"))
-    scaling, dropout = kwargs.get("scaling"), kwargs.get("dropout", 0.0)
+    if isinstance(table, ShiftedSegments):
+        halves = halve_heads(query_BHTD, key_BHTD, value_BHTD)
+        outputs = [_attend(module, *half, own, kwargs) for half, own in zip(halves, (table.straight, table.shifted), strict=True)]
+        return torch.cat(outputs, 2), None
+    return _attend(module, query_BHTD, key_BHTD, value_BHTD, table, kwargs), None
+
+
+def halve_heads(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The first and the second half of the query heads, each with its key heads; where a key head serves both, one for every query head."""
+    n_heads, n_groups = query_BHTD.shape[1], key_BHTD.shape[1]
+    half = n_heads // 2
+    if half * n_groups % n_heads:
+        key_BHTD, value_BHTD = (x.repeat_interleave(n_heads // n_groups, 1) for x in (key_BHTD, value_BHTD))
+        n_groups = n_heads
+    cut = half * n_groups // n_heads
+    parts = [(x[:, :n], x[:, n:]) for x, n in ((query_BHTD, half), (key_BHTD, cut), (value_BHTD, cut))]
+    return [(parts[0][i], parts[1][i], parts[2][i]) for i in range(2)]
+
+
+def _attend(
+    module: nn.Module, query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, table: SegmentTable, options: dict[str, Any]
+) -> Tensor:
+    """Segment attention by the kernel that takes the tensors. `options`: keywords of the attention function. Returns (B, T, H, D)."""
+    locality = layer_locality(module, options.get("sliding_window"))
+    scaling, dropout = options.get("scaling"), options.get("dropout", 0.0)
     if query_BHTD.is_cuda and not dropout:
         plan = gather(table, query_BHTD.device)
         attend = _varlen_function(query_BHTD, key_BHTD, value_BHTD)
         if attend is not None and (locality.chunk_tokens is None or not locality.cuts(plan.max_key)):
-            return attend_varlen(attend, query_BHTD, key_BHTD, value_BHTD, plan, scaling, locality.window_tokens), None
+            return attend_varlen(attend, query_BHTD, key_BHTD, value_BHTD, plan, scaling, locality.window_tokens)
     if query_BHTD.device.type == "cpu" and not dropout:
         scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
         if torch.is_autocast_enabled("cpu"):  # as SDPA does
             query_BHTD, key_BHTD, value_BHTD = (x.to(torch.get_autocast_dtype("cpu")) for x in (query_BHTD, key_BHTD, value_BHTD))
         plans = plan_blocks(table, locality, query_BHTD.dtype)
         with torch.autocast("cpu", enabled=False):
-            return BlockAttention.apply(query_BHTD, key_BHTD, value_BHTD, plans, scale), None
+            output: Tensor = BlockAttention.apply(query_BHTD, key_BHTD, value_BHTD, plans, scale)
+            return output
     plan_views = views(table, locality, query_BHTD.device)
-    return attend_each(query_BHTD, key_BHTD, value_BHTD, plan_views, scaling, dropout), None
+    return attend_each(query_BHTD, key_BHTD, value_BHTD, plan_views, scaling, dropout)
 
 
 def attend_each(

@@ -1,12 +1,10 @@
-"""Base model and tokenizer from a name or folder: precision, RoPE scaling, 4/8-bit, tokenizer repair, vocabulary growth."""
+"""Base model and tokenizer from a name or folder: precision, 4/8-bit, tokenizer repair, vocabulary growth."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from posttrain.model.embedded import resolve_model
+from posttrain.model.rope import RopeScaling, forget_lengths, scale_rope
 from posttrain.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -25,15 +24,6 @@ Quantization = Literal["4bit", "8bit"]
 
 # Tokens that a vocabulary already holds and that no conversation contains, best first.
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>", "<unk>", "<s>")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Longer context by stretching rotary positions. Without `factor` it is derived from `context_tokens`."""
-
-    kind: Literal["linear", "dynamic", "yarn", "llama3"]
-    factor: float | None = None
-    context_tokens: int | None = None
 
 
 def hardware_dtype() -> torch.dtype:
@@ -140,6 +130,7 @@ def read_weights(kind: Any, name_or_path: str, *, drawn: frozenset[str] = frozen
     if missing := sorted(parameters & set(info["missing_keys"])):
         raise UserError(f"{name_or_path}: {len(missing)} weights are not in the folder, the first is {missing[0]}")
     loaded: PreTrainedModel = model
+    forget_lengths(loaded)
     return loaded
 
 
@@ -183,36 +174,6 @@ def _check_causal(name: str, config: Any) -> None:
         found = ", ".join(sorted(actual)) or config.model_type
         wanted = f"expected {' or '.join(sorted(expected))}" if expected else f"{config.model_type} has none"
         raise UserError(f"{name}: is a {found}, not a causal language model ({wanted})")
-
-
-def scale_rope(config: Any, rope: RopeScaling) -> None:
-    """Write RoPE scaling into a config, in place (transformers' `rope_parameters`; sources: its modeling_rope_utils).
-
-    linear, yarn and llama3 stretch from the trained length to `factor` times it; dynamic (NTK) derives its base from the
-    length at hand and so keeps `max_position_embeddings`.
-    """
-    trained_tokens = getattr(config, "max_position_embeddings", None)
-    current = getattr(config, "rope_parameters", None)
-    if not current or not trained_tokens:
-        raise UserError(f"--rope_scaling {rope.kind}: {config.model_type} has no rotary position embedding")
-    nested = config.nested_rope_parameter_keys(current)
-    if nested and not current.get("full_attention"):
-        raise UserError(
-            f"--rope_scaling {rope.kind}: {config.model_type} has rotary settings per layer kind ({', '.join(nested)})"
-        )
-    target = current["full_attention"] if nested else current
-    if target["rope_type"] != "default":
-        raise UserError(f"--rope_scaling {rope.kind}: the model is already scaled ({target['rope_type']}); leave the flag out")
-    factor = rope.factor or math.ceil((rope.context_tokens or 0) / trained_tokens)
-    if factor <= 1:
-        raise UserError(f"--rope_scaling {rope.kind}: the model already reads {trained_tokens} tokens; raise --model_max_length")
-    target |= {"rope_type": rope.kind, "factor": float(factor)}
-    if rope.kind in ("yarn", "llama3"):
-        target["original_max_position_embeddings"] = trained_tokens
-    if rope.kind == "llama3":
-        target |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    if rope.kind != "dynamic":
-        config.max_position_embeddings = int(trained_tokens * factor)
 
 
 def _quantization_config(quantization: Quantization, compute: torch.dtype) -> BitsAndBytesConfig:

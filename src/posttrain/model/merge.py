@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from posttrain.model.adapter import is_reward_adapter, load_adapter, read_adapter_config
+from posttrain.model.adapter import adapter_rope, is_reward_adapter, load_adapter, read_adapter_config
 from posttrain.model.certificate import PROMPTS, Certificate, References, certify, logits
 from posttrain.model.embedded import resolve_model
 from posttrain.model.load import DType, load_model, read_config, resize_embeddings
@@ -63,7 +63,7 @@ def merge_adapter(
     stored = str(config.dtype or torch.float32).removeprefix("torch.")
     written = stored if dtype == "auto" else dtype
     load = load_reward_model if reward else load_model
-    model = load(base, "float32", trust_remote_code=write.trust_remote_code)
+    model = load(base, "float32", trust_remote_code=write.trust_remote_code, rope=adapter_rope(adapter))
     _fit_vocabulary(model, tokenizer, adapter, resize_emb)
     adapted = load_adapter(model, adapter, trainable=False).eval()
     ids = [prompt_ids for prompt in PROMPTS if (prompt_ids := tokenizer(prompt, return_tensors="pt")["input_ids"]).numel()]

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from posttrain.model.attention import find_decoder, unwrap
 from posttrain.model.embedded import resolve_model
 from posttrain.model.load import DType, hardware_dtype, read_config, read_weights, stores_score_head, unused_tokens
+from posttrain.model.rope import RopeScaling, scale_rope
 from posttrain.model.router import balance_function
 from posttrain.types import UserError
 
@@ -50,6 +51,7 @@ def load_reward_model(
     trust_remote_code: bool = False,
     revision: str = "main",
     device_map: str | dict[str, Any] | None = None,
+    rope: RopeScaling | None = None,
 ) -> PreTrainedModel:
     """A saved reward model, or a causal language model with a new head: normal, std 1/√(D+1), from torch's global seed.
 
@@ -64,6 +66,8 @@ def load_reward_model(
     if causal.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()  # of a model that also sees: its language model, as AutoModelForCausalLM takes it
     config.num_labels = 1
+    if rope is not None:
+        scale_rope(config, rope)
     kind = _reward_class(name_or_path, causal, config)
     chosen = hardware_dtype() if dtype == "auto" else getattr(torch, dtype)
     drawn = frozenset() if stored else frozenset({f"{HEAD}.weight"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,14 @@ from posttrain.types import SegmentTable
 
 class MisfitError(ValueError):
     """The model asks of its attention what segments cannot give. Caught at load, where it means padded batches."""
+
+
+@dataclass(frozen=True)
+class ShiftedSegments:
+    """What rides through the forward in place of a segment table: the table of the first half of the heads, and of the second."""
+
+    straight: SegmentTable
+    shifted: SegmentTable
 
 
 class Locality(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from posttrain.flags import ModelFlags, RewardSourceFlags
-from posttrain.model.adapter import FINGERPRINT, base_fingerprint, is_reward_adapter, read_adapter_config
+from posttrain.model.adapter import FINGERPRINT, base_fingerprint, check_rope, is_reward_adapter, read_adapter_config
 from posttrain.model.attention import enable_segments
 from posttrain.model.embedded import resolve_model
 from posttrain.model.fused import fuse
@@ -128,6 +128,7 @@ def check_lineage(adapter: str, model: PreTrainedModel, tokenizer: Any = None) -
     settings = read_adapter_config(adapter)
     if not is_reward_adapter(settings):
         raise UserError(f"--reward_adapter {adapter}: is not the adapter of a reward model; `posttrain rm` trains one")
+    check_rope(settings, model, f"--reward_adapter {adapter}")
     trained_on, here = (settings.get("auto_mapping") or {}).get(FINGERPRINT), base_fingerprint(model)
     if trained_on is None or here is None:
         logger.warning("--reward_adapter %s: cannot be checked to be of the policy's base: no hash of the weights", adapter)
