@@ -24,19 +24,20 @@ from posttrain.data.load import Splits
 from posttrain.data.template import apply_template, stop_token_ids
 from posttrain.model.embedded import resolve_model
 from posttrain.model.load import load_tokenizer
-from posttrain.model.policy_value import VALUE, PolicyAndValue, active, is_of_adapter
+from posttrain.model.policy_value import POLICY, VALUE, PolicyAndValue, Role, active, is_of_adapter
 from posttrain.objectives.guards import Guards, GuardSettings
 from posttrain.objectives.kl import AdaptiveKl, FixedKl, KlController
 from posttrain.objectives.ppo import PpoLoss, PpoSettings
 from posttrain.training import artifacts
 from posttrain.training.audit import Audit
+from posttrain.training.engines import RolloutEngine, TorchEngine, VllmEngine
 from posttrain.training.episodes import Episode
 from posttrain.training.ppo import Loop, Plan, train
 from posttrain.training.ppo_rollout import RewardShape
 from posttrain.training.ppo_state import load_checkpoint, save_policy, save_value
 from posttrain.training.resolve import HELD_OUT_FLAGS
 from posttrain.training.resolve_ppo import resolve_ppo, steps
-from posttrain.training.rollout import RolloutFigures, Sampling, generate
+from posttrain.training.rollout import Sampling
 from posttrain.types import UserError
 
 SOURCES = (
@@ -154,8 +155,18 @@ def build_loop(
     held_out = prompts.validation.dataset if prompts.validation is not None else None
     return Loop(
         accelerator, actors.trained, wrapped, actors.reference, optimizer, schedule, prompts.train.dataset, held_out,
-        partial(answer, actors.trained, tokenizer), actors.score, sampling, actors.cutter, PpoLoss(settings), shape,
+        partial(answer, build_engine(config, actors.trained), actors.trained.policy, tokenizer), actors.score, sampling, actors.cutter, PpoLoss(settings), shape,
         kl, guards, plan, reporter.log, reporter.save, audit, say,
+    )  # fmt: skip
+
+
+def build_engine(config: Config, trained: PolicyAndValue) -> RolloutEngine:
+    """What samples the answers."""
+    if config["rollout_engine"] == "torch":
+        return TorchEngine(trained.policy_model)
+    return VllmEngine(
+        trained.policy_model, POLICY, resolve_model(config["model_name_or_path"]),
+        config["max_source_length"] + config["max_target_length"], trust_remote_code=config["trust_remote_code"],
     )  # fmt: skip
 
 
@@ -190,13 +201,14 @@ def build_schedule(config: Config, optimizer: Any, n_steps: int) -> Any:
 
 
 def answer(
-    trained: PolicyAndValue, tokenizer: Any, prompts: Sequence[dict[str, Any]], sampling: Sampling, seed: int,
-    numbers: Sequence[int], figures: RolloutFigures,
+    engine: RolloutEngine, policy: Role, tokenizer: Any, prompts: Sequence[dict[str, Any]], sampling: Sampling, seed: int,
+    numbers: Sequence[int],
 ) -> list[Episode]:  # fmt: skip
     """Sample answers of the policy to rows of prompts."""
     ids = [list(row["prompt_ids"]) for row in prompts]
-    with active(trained.policy):  # whatever layers a backward pass computed last
-        responses = generate(trained.policy_model, ids, sampling, seed, numbers=numbers, figures=figures)
+    with active(policy):  # whatever layers a backward pass computed last
+        engine.sync()
+        responses = engine.generate(ids, sampling, seed, numbers)
     k = sampling.num_generations
     episodes = []
     for index, response in enumerate(responses):

@@ -48,6 +48,9 @@ class PpoFlags:
         "adapter",
         "adapter: values by an adapter of their own. trunk: by a head on the policy's hidden states, one pass for both.",
     )
+    rollout_engine: Literal["torch", "vllm"] = flag(
+        "torch", "What samples the answers: the policy itself, or vLLM (needs a GPU, the package and --use_peft True)."
+    )
     guards: bool = flag(
         True, "End the run, with a line, when KL, entropy, stop rate or length run away or a number is not finite."
     )

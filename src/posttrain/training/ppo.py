@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,11 +26,11 @@ from posttrain.objectives.ppo import PpoLoss
 from posttrain.training.audit import AUDIT_STEPS, Audit
 from posttrain.training.episodes import Episode
 from posttrain.training.ppo_rollout import Cutter, RewardShape, Rollout, add_advantages, group_episodes, measure, share
-from posttrain.training.rollout import RolloutFigures, Sampling
+from posttrain.training.rollout import Sampling
 from posttrain.training.sums import Sums, averages
 
 Score = Callable[[Sequence[Episode]], tuple[list[float], dict[str, list[float]]]]  # scores, and those of each source
-Answer = Callable[[Sequence[dict[str, Any]], Sampling, int, Sequence[int], RolloutFigures], list[Episode]]
+Answer = Callable[[Sequence[dict[str, Any]], Sampling, int, Sequence[int]], list[Episode]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ class Loop:
     audit: Audit | None = None  # of the first rollouts after a start
     on_audit: Callable[[str], None] = print
     step: int = 0  # rollouts done
-    figures: RolloutFigures = field(default_factory=RolloutFigures)
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks."""
@@ -143,8 +142,7 @@ def collect(loop: Loop, clock: Clock) -> Rollout:
     rows = prompt_indices(len(loop.prompts), first, size, loop.plan.seed)[rank::world]
     numbers = list(range(first, first + size))[rank::world]
     with clock.time("rollout"), loop.accelerator.autocast():
-        loop.figures = RolloutFigures()
-        episodes = loop.answer([loop.prompts[row] for row in rows], loop.sampling, loop.plan.seed, numbers, loop.figures)
+        episodes = loop.answer([loop.prompts[row] for row in rows], loop.sampling, loop.plan.seed, numbers)
     with clock.time("score"), loop.accelerator.autocast():
         scores, by_source = loop.score(episodes)
     device = loop.accelerator.device
@@ -260,7 +258,7 @@ def evaluate(loop: Loop) -> dict[str, float]:
     rows = list(loop.held_out)[rank::world]
     greedy = dataclasses.replace(loop.sampling, temperature=0.0, top_p=1.0, top_k=0, num_generations=1)
     with loop.accelerator.autocast():
-        episodes = loop.answer(rows, greedy, loop.plan.seed, range(len(rows)), RolloutFigures())
+        episodes = loop.answer(rows, greedy, loop.plan.seed, range(len(rows)))
         scores, _ = loop.score(episodes)
         rollout = Rollout(group_episodes(episodes, 1), episodes, torch.tensor(scores, device=loop.accelerator.device))
         measure(rollout, loop.trained, loop.reference, loop.cutter, 1.0)
