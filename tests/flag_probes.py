@@ -128,7 +128,7 @@ class Lab:
 
     def muted(self, flag: str) -> Lab:
         """A lab in which a flag has no effect: it always has the value that a short run gives it."""
-        _ = self.adapter, self.merged, self.prompts, self.other_model, self.coded_model  # made with all flags
+        _ = self.adapter, self.merged, self.prompts, self.pipeline, self.other_model, self.coded_model  # made with all flags
         lab = copy.copy(self)
         lab.mute, lab.remembered, lab.root = flag, {}, self.path("muted")
         lab.root.mkdir()
@@ -159,7 +159,11 @@ class Lab:
         if command == "score":
             files = {"data_file": self.chats, "output_file": self.path("scores.jsonl")}
             return {"base_model": self.model, "lora_model": self.reward_adapter, "dtype": "float32", **files}
-        prompts = {"data_file": self.prompts, "output_file": self.path("answers.jsonl")} if command == "generate" else {}
+        if command == "run":
+            return {"pipeline": self.pipeline}
+        prompts: dict[str, Any] = {}
+        if command in ("generate", "inference"):
+            prompts = {"data_file": self.prompts, "output_file": self.path("answers.jsonl")}
         return {"base_model": self.model, "max_new_tokens": 8, "dtype": "float32", "temperature": 0, **prompts}
 
     def run(self, command: str, *, stdin: str = "", **flags: Any) -> Run:
@@ -234,6 +238,14 @@ class Lab:
     def prompts(self) -> Path:
         """Prompts for generation."""
         return self.jsonl("prompts.jsonl", [{"messages": [{"role": "user", "content": f"what is {i}?"}]} for i in range(3)])
+
+    @functools.cached_property
+    def pipeline(self) -> Path:
+        """A pipeline of two stages."""
+        stages = f"[{{stage: pt, train_file_dir: {self.corpus}}}, {{stage: sft, train_file_dir: {self.chats}}}]"
+        file = self.root / "pipeline.yaml"
+        file.write_text(f"output_dir: {self.root}/pipeline\nmodel_name_or_path: {self.model}\nstages: {stages}\n")
+        return file
 
     @functools.cached_property
     def other_model(self) -> Path:

@@ -128,8 +128,8 @@ def merge_overwrite_output_dir(lab: Lab) -> None:
 
 def answers(lab: Lab, command: str, **flags: Any) -> list[str]:
     """What the model says to three questions; of a chat, all that was printed."""
-    if command == "generate":
-        return [row["output"] for row in rows(lab.good("generate", **flags).folder)]
+    if command != "chat":
+        return [row["output"] for row in rows(lab.good(command, **flags).folder)]
     return [lab.good("chat", stdin="what is 0?\n/clear\nwhat is 1?\n/clear\nwhat is 2?\n", **flags).out]
 
 
@@ -137,7 +137,7 @@ def prompt_tokens(lab: Lab, command: str, **flags: Any) -> list[list[int]]:
     """The ids of the prompts that the model is given."""
     from posttrain.commands import chat, generate
 
-    module, seen = {"chat": chat, "generate": generate}[command], list[list[int]]()
+    module, seen = {"chat": chat, "generate": generate, "inference": generate}[command], list[list[int]]()
     answer = module.answer
 
     def spy(answerer: Any, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
@@ -233,7 +233,7 @@ for _check in (
     base_model, lora_model, tokenizer_path, template_name, system_prompt, dtype, trust_remote_code, max_new_tokens, temperature,
     top_p, top_k, repetition_penalty, seed,
 ):  # fmt: skip
-    for _command in ("generate", "chat"):
+    for _command in ("generate", "chat", "inference"):
         PROBES[_command, _check.__name__] = _for(_command, _check)
 
 
@@ -243,21 +243,18 @@ def merge_trust_remote_code(lab: Lab) -> None:
     assert same(merged(lab.good("merge", base_model=lab.coded_model, trust_remote_code=True)), merged(lab.good("merge")))
 
 
-@probe("generate", "data_file")
-def data_file(lab: Lab) -> None:
+def data_file(lab: Lab, command: str) -> None:
     file = lab.jsonl("one.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
-    assert [len(answers(lab, "generate", **data)) for data in ({}, {"data_file": file})] == [3, 1]
+    assert [len(answers(lab, command, **data)) for data in ({}, {"data_file": file})] == [3, 1]
 
 
-@probe("generate", "output_file")
-def output_file(lab: Lab) -> None:
+def output_file(lab: Lab, command: str) -> None:
     target = lab.path("elsewhere.jsonl")
-    lab.good("generate", output_file=target)
+    lab.good(command, output_file=target)
     assert len(rows(target)) == 3
 
 
-@probe("generate", "batch_size")
-def batch_size(lab: Lab) -> None:
+def batch_size(lab: Lab, command: str) -> None:
     from posttrain.commands import generate
 
     sizes: list[int] = []
@@ -270,5 +267,10 @@ def batch_size(lab: Lab) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "answer", spy)
         for n in (2, 3):
-            lab.good("generate", batch_size=n)
+            lab.good(command, batch_size=n)
     assert sizes == [2, 1, 3]
+
+
+for _check in (data_file, output_file, batch_size):
+    for _command in ("generate", "inference"):
+        PROBES[_command, _check.__name__] = _for(_command, _check)

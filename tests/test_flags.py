@@ -20,6 +20,7 @@ import flag_probes_behaviour  # noqa: F401
 import flag_probes_commands  # noqa: F401
 import flag_probes_data  # noqa: F401
 import flag_probes_outside  # noqa: F401
+import flag_probes_run  # noqa: F401
 import flag_probes_schedule  # noqa: F401
 import flag_probes_score  # noqa: F401
 import flag_probes_train  # noqa: F401
