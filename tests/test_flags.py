@@ -18,6 +18,7 @@ import transformers
 
 import flag_probes_behaviour  # noqa: F401
 import flag_probes_commands  # noqa: F401
+import flag_probes_context  # noqa: F401
 import flag_probes_data  # noqa: F401
 import flag_probes_outside  # noqa: F401
 import flag_probes_run  # noqa: F401

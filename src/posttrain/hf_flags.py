@@ -46,6 +46,7 @@ RENAMED: dict[str, tuple[str | None, str]] = {
     "single_tune": ("single_turn", ""),
     "from": ("from_stage", ""),
     "lora_target": ("target_modules", ""),
+    "neftune_noise_alpha": ("neft_alpha", "the library's noise would take a packed row for one example"),
     "activation_checkpointing": ("gradient_checkpointing", ""),
     "activation_checkpointing_kwargs": ("gradient_checkpointing_kwargs", ""),
     "group_by_length": (None, "rows carry no padding here, so grouping by length has nothing to save"),
@@ -123,11 +124,19 @@ REFUSED: dict[str, str] = {
     "ignore_data_skip": "resume is exact here",
     "restore_callback_states_from_checkpoint": "resume is exact here, and no callback has a state of its own",
     "accelerator_config": "how rows reach the processes is ours, and the rest has flags of its own",
-    "neftune_noise_alpha": "its noise counts the whole packed row as one example",
 }
 
+_STRETCHED = "the folders of the model and of its adapter say how its positions are stretched: set it in the stages before"
+_NO_SHIFT = "the policy would be trained under another attention than its reference"
 REFUSED_BY: dict[str, dict[str, str]] = {
+    "dpo": {"shift_attn": _NO_SHIFT, "shift_group_tokens": _NO_SHIFT},
     "ppo": {
+        "rope_scaling": _STRETCHED,
+        "rope_factor": _STRETCHED,
+        "neft_alpha": "PPO compares log-probs of two passes, which noise would make differ",
+        "shift_attn": _NO_SHIFT,
+        "shift_group_tokens": _NO_SHIFT,
+        "flash_attn": "the kernel is chosen by itself",
         "fp16": "PPO computes in bfloat16 or float32: --bf16 True or False; --torch_dtype says how weights are stored",
         "total_episodes": "say --max_steps (rollouts) or --num_train_epochs (times every prompt is used)",
     }

@@ -15,16 +15,10 @@ from posttrain.data.stream import RowStream
 from posttrain.data.tokenize import EncodeChat, EncodeText, fingerprint
 from posttrain.data.tokenize_pairs import EncodePair
 from posttrain.training.episodes import EncodePrompt
+from posttrain.training.resolve_context import row_tokens
 from posttrain.types import Stage, UserError
 
 PAIR_STAGES = ("rm", "dpo")
-
-
-def row_tokens(config: Config, stage: Stage) -> int:
-    """The longest row of a stage: of a pair its prompt and one answer, of an episode prompt and answer."""
-    if stage in PAIR_STAGES or stage == "ppo":
-        return config["max_source_length"] + config["max_target_length"]
-    return config["block_size"] if stage == "pt" else config["model_max_length"]
 
 
 def encoder(config: Config, stage: Stage, tokenizer: Any) -> Encode:
@@ -33,14 +27,14 @@ def encoder(config: Config, stage: Stage, tokenizer: Any) -> Encode:
         return EncodePrompt(tokenizer, config["max_source_length"])
     if stage in PAIR_STAGES:
         return EncodePair(tokenizer, config["max_source_length"], config["max_target_length"], keep_stop=stage == "rm")
-    longest = row_tokens(config, stage)
+    longest = row_tokens(config)
     return EncodeText(tokenizer, longest) if stage == "pt" else EncodeChat(tokenizer, longest)
 
 
 def _key(config: Config, stage: Stage, tokenizer: Any) -> str:
     """Changes whenever `encoder` would give other columns."""
     lengths = {name: config[name] for name in ("max_source_length", "max_target_length")} if stage not in ("pt", "sft") else {}
-    return fingerprint(tokenizer, longest=row_tokens(config, stage), stage=stage, **lengths)
+    return fingerprint(tokenizer, longest=row_tokens(config), stage=stage, **lengths)
 
 
 def train_source(config: Config) -> DataSource:

@@ -28,21 +28,34 @@ class Command:
         return [f"--{self.positional}", *argv] if self.positional and given else list(argv)
 
 
-_TRAIN = (flags.ModelFlags, flags.AdapterFlags, flags.DataFlags, flags.PrepareFlags)
+_TRAIN = (
+    flags.ModelFlags,
+    flags.AdapterFlags,
+    flags.QuantizeFlags,
+    flags.RouterFlags,
+    flags.ContextFlags,
+    flags.NoiseFlags,
+    flags.DataFlags,
+    flags.PrepareFlags,
+)
 _PAIRS = (*_TRAIN, flags.TemplateFlags, flags.PairFlags, flags.SharingFlags)
 COMMANDS: dict[str, Command] = {
-    "pt": Command("train", "continued pretraining on plain text", (*_TRAIN, flags.TextFlags, flags.RunFlags), True),
+    "pt": Command(
+        "train", "continued pretraining on plain text", (*_TRAIN, flags.ShiftFlags, flags.TextFlags, flags.RunFlags), True,
+    ),
     "sft": Command(
         "train", "supervised fine-tuning on conversations",
-        (*_TRAIN, flags.TemplateFlags, flags.ChatFlags, flags.PackFlags, flags.RunFlags), True,
+        (*_TRAIN, flags.ShiftFlags, flags.TemplateFlags, flags.ChatFlags, flags.PackFlags, flags.RunFlags), True,
     ),
-    "rm": Command("train", "reward model on preference pairs", (*_PAIRS, flags.RewardFlags, flags.RunFlags), True),
+    "rm": Command(
+        "train", "reward model on preference pairs", (*_PAIRS, flags.ShiftFlags, flags.RewardFlags, flags.RunFlags), True,
+    ),
     "dpo": Command("train", "direct preference optimization on pairs", (*_PAIRS, flags.DpoFlags, flags.RunFlags), True),
     "ppo": Command(
         "ppo", "reinforcement learning from rewards (PPO)",
         (
-            flags.ModelFlags, flags.AdapterFlags, flags.DataFlags, flags.PrepareFlags, flags.TemplateFlags, flags.PromptFlags,
-            flags.RewardSourceFlags, flags.PpoFlags, flags.LoopFlags, flags.RunFlags,
+            flags.ModelFlags, flags.AdapterFlags, flags.QuantizeFlags, flags.DataFlags, flags.PrepareFlags, flags.TemplateFlags,
+            flags.PromptFlags, flags.RewardSourceFlags, flags.PpoFlags, flags.LoopFlags, flags.RunFlags,
         ),
     ),
     "merge": Command("merge", "adapter + base -> one model folder", (flags.MergeFlags,)),
@@ -56,6 +69,9 @@ COMMANDS: dict[str, Command] = {
     "show": Command(
         "show", "print rows as the model sees them, trained tokens in colour",
         (flags.ShowFlags, flags.ShowModelFlags, flags.DataFlags, flags.TemplateFlags, flags.ChatFlags, flags.ShowTextFlags, flags.PairFlags),
+    ),
+    "extend-vocab": Command(
+        "extend_vocab", "add a domain's pieces to a model's tokenizer", (flags.VocabularyFlags, flags.DataFlags)
     ),
     "convert": Command("convert", "any data format -> canonical JSONL", (flags.ConvertFlags,)),
     "run": Command("run", "a pipeline of stages from one YAML file", (flags.PipelineFlags,), positional="pipeline"),

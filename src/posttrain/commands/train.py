@@ -14,7 +14,8 @@ from torch import distributed
 from transformers import TrainingArguments, set_seed
 
 from posttrain.commands import rows
-from posttrain.commands.build import build_model, build_objective, collator, install_head, source
+from posttrain.commands.build import build_model, build_objective, collator, install_head, quantization, source
+from posttrain.commands.forward import prepare_forward
 from posttrain.commands.report import quiet_libraries, say
 from posttrain.config import Config
 from posttrain.data.load import LoadedRows
@@ -25,10 +26,10 @@ from posttrain.data.stream import RowStream
 from posttrain.data.template import apply_template
 from posttrain.data.tokenize import prove_masks
 from posttrain.data.tokenize_pairs import prove_pairs
-from posttrain.model.attention import enable_segments
 from posttrain.model.embedded import resolve_model
 from posttrain.model.fused import fuse
 from posttrain.model.load import load_tokenizer
+from posttrain.model.rope import rope_scaling
 from posttrain.objectives.dpo import Preference
 from posttrain.training import artifacts
 from posttrain.training.audit import GradientAudit
@@ -36,6 +37,7 @@ from posttrain.training.batches import Groups
 from posttrain.training.callbacks import MetricsFile, Progress
 from posttrain.training.reference import ReferencePass
 from posttrain.training.resolve import HELD_OUT_FLAGS, check_steps, resolve, training_arguments
+from posttrain.training.resolve_context import row_tokens
 from posttrain.training.token_scores import Scorer, chosen_statistics, write_bias
 from posttrain.training.trainer import ObjectiveTrainer, TrainingData, use_callbacks
 from posttrain.types import Stage, UserError
@@ -127,17 +129,14 @@ def build_trainer(
     config: Config, args: TrainingArguments, model: Any, loaded: tuple[Any, LoadedRows | None], tokenizer: Any, parents: Any
 ) -> ObjectiveTrainer:
     """Rows grouped and collated as the model allows, and the trainer with our callbacks. `loaded`: training and held-out rows."""
-    packed = False
-    if config["padding_free"]:
-        attention = enable_segments(model)
-        packed = attention.packed
-        say(f"rows: {'segments without padding' if packed else 'padded'} ({attention.reason})")
+    packed = prepare_forward(config, model, args)
     install_head(config, model)
     if config["fused"]:
         say(f"fused: {fuse(model)}")
     objective, collate = build_objective(config), collator(config, packed)
     if isinstance(objective, Preference) and objective.loss.needs_reference:
-        made_of = (*(parent["hash"] for parent in parents.values()), getattr(model.config, "_commit_hash", None), config["dtype"])
+        weights = [*(parent["hash"] for parent in parents.values()), *filter(None, [quantization(config)])]
+        made_of = (*weights, getattr(model.config, "_commit_hash", None), config["dtype"], rope_scaling(model.config))
         reference = ReferencePass(
             model, collate, packed, config["forward_tokens"], (*map(str, made_of), str(args.bf16)), config["cache_dir"],
             sys.stderr.isatty(),
@@ -169,7 +168,7 @@ def add_reference(loaded: LoadedRows, reference: ReferencePass, args: TrainingAr
 def group_rows(config: Config, train: Any, packed: bool) -> Groups | PackedStream:
     """Which rows share a packed row: best fit for documents and with --packing, else each stands alone."""
     wanted = config.command == "pt" or (config.command == "sft" and config["packing"])
-    capacity = rows.row_tokens(config, config.command) if wanted and packed else None  # type: ignore[arg-type]
+    capacity = row_tokens(config) if wanted and packed else None
     if wanted and not packed:
         say("packing is off: a padded batch holds one example a row")
     if isinstance(train, RowStream):

@@ -57,6 +57,64 @@ class AdapterFlags:
 
 
 @dataclass(frozen=True)
+class ContextFlags:
+    """Long context"""
+
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = flag(
+        None,
+        "Stretch rotary positions, so that the model reads more than it was trained on. Saved with the model or the adapter."
+        " linear, yarn, llama3: train with it; dynamic: for use without training.",
+    )
+    rope_factor: float | None = flag(
+        None, "By how much --rope_scaling stretches. [default: as much as the longest row of this run needs, rounded up]"
+    )
+    flash_attn: bool = flag(
+        False, "On a GPU: use an installed flash-attn package in place of torch's own kernels. A line says what runs."
+    )
+
+
+@dataclass(frozen=True)
+class ShiftFlags:
+    """Long context in training"""
+
+    shift_attn: bool = flag(
+        False, "Train with shifted sparse attention, LongLoRA's S2-Attn (arXiv 2309.12307): in groups, half of the heads shifted."
+    )
+    shift_group_tokens: int | None = flag(
+        None, "Group of --shift_attn; shorter examples are not grouped. [default: a quarter of the longest row]"
+    )
+
+
+@dataclass(frozen=True)
+class NoiseFlags:
+    """Regularisation"""
+
+    neft_alpha: float = flag(
+        0.0, "NEFTune (arXiv 2310.05914): uniform noise of alpha / sqrt(length x width) on the embeddings in training. 0: none."
+    )
+
+
+@dataclass(frozen=True)
+class QuantizeFlags:
+    """Quantised base"""
+
+    load_in_4bit: bool = flag(
+        False, "Load the base in 4 bits (NF4, fused experts too): a quarter of the memory of bfloat16. Needs --use_peft True."
+    )
+    load_in_8bit: bool = flag(False, "Load the base's linear layers in 8 bits (LLM.int8()). Needs --use_peft True.")
+    qlora: bool = flag(False, "QLoRA (arXiv 2305.14314): --load_in_4bit True, with the scales of the weights in 8 bits too.")
+
+
+@dataclass(frozen=True)
+class RouterFlags:
+    """Mixture of experts"""
+
+    router_aux_loss_coef: float | None = flag(
+        None, "Weight of the router's load balancing loss in training. 0: off. [default: the model's own]"
+    )
+
+
+@dataclass(frozen=True)
 class DataFlags:
     """Data"""
 

@@ -5,6 +5,7 @@ The proof is the probe of `enable_segments`: short random sequences, packed into
 
 from __future__ import annotations
 
+import functools
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from posttrain.model.segments import MisfitError
 from posttrain.types import Segment, SegmentTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 NAME = "posttrain_segments"
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
@@ -37,17 +38,20 @@ class Attention:
     reason: str
 
 
-def register() -> None:
-    """Make segment attention known to transformers under `NAME`. Without a segment table it is SDPA, mask and all. Safe to call again."""
-    AttentionInterface.register(NAME, segment_attention)
+def register(flash: Callable[..., Tensor] | None = None) -> None:
+    """Make segment attention known to transformers under `NAME`. Without a segment table it is SDPA, mask and all. Safe to call again.
+
+    `flash`: a package's variable-length kernel, to be used on CUDA in place of torch's.
+    """
+    AttentionInterface.register(NAME, functools.partial(segment_attention, flash=flash) if flash else segment_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def enable_segments(model: nn.Module) -> Attention:
+def enable_segments(model: nn.Module, flash: Callable[..., Tensor] | None = None) -> Attention:
     """Switch `model` (or the model inside a PEFT wrapper) to segment attention if it then computes the same, else leave it as it was.
 
     Parameters, training flags, gradients and the random state are untouched. A model that cannot be packed is no error: the
-    reason is returned.
+    reason is returned. `flash` as in `register`.
     """
     core = unwrap(model)
     if core.config._attn_implementation == NAME:
@@ -56,7 +60,7 @@ def enable_segments(model: nn.Module) -> Attention:
     reason = _unsupported(core, decoder)
     if reason:
         return Attention(packed=False, reason=reason)
-    register()
+    register(flash)
     original = core.config._attn_implementation
     with evaluation(model):
         lengths = _probe_lengths(core.config)

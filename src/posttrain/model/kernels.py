@@ -124,15 +124,16 @@ def _attend(
     """Segment attention by the kernel that takes the tensors. `options`: keywords of the attention function. Returns (B, T, H, D)."""
     locality = layer_locality(module, options.get("sliding_window"))
     scaling, dropout = options.get("scaling"), options.get("dropout", 0.0)
+    place = query_BHTD.device.type
+    if torch.is_autocast_enabled(place):  # as SDPA does; rotary positions in float32 leave the projections' type
+        query_BHTD, key_BHTD, value_BHTD = (x.to(torch.get_autocast_dtype(place)) for x in (query_BHTD, key_BHTD, value_BHTD))
     if query_BHTD.is_cuda and not dropout:
         plan = gather(table, query_BHTD.device)
-        attend = _varlen_function(query_BHTD, key_BHTD, value_BHTD)
+        attend = _varlen_function(query_BHTD, key_BHTD, value_BHTD, options.get("flash"))
         if attend is not None and (locality.chunk_tokens is None or not locality.cuts(plan.max_key)):
             return attend_varlen(attend, query_BHTD, key_BHTD, value_BHTD, plan, scaling, locality.window_tokens)
-    if query_BHTD.device.type == "cpu" and not dropout:
+    if place == "cpu" and not dropout:
         scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-        if torch.is_autocast_enabled("cpu"):  # as SDPA does
-            query_BHTD, key_BHTD, value_BHTD = (x.to(torch.get_autocast_dtype("cpu")) for x in (query_BHTD, key_BHTD, value_BHTD))
         plans = plan_blocks(table, locality, query_BHTD.dtype)
         with torch.autocast("cpu", enabled=False):
             output: Tensor = BlockAttention.apply(query_BHTD, key_BHTD, value_BHTD, plans, scale)
@@ -175,17 +176,27 @@ def attend_varlen(
     return attend(query, key, value, *lengths, scale=scaling, window_size=(left, 0))[None]
 
 
-def _varlen_function(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor) -> Callable[..., Tensor] | None:
-    """`varlen_attn` of torch, or None where it is missing or does not take these tensors."""
+def flash_takes(width: int, dtype: torch.dtype) -> bool:
+    """Whether flash kernels take heads of a width in a type."""
+    return dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
+
+
+def _varlen_function(
+    query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, package: Callable[..., Tensor] | None
+) -> Callable[..., Tensor] | None:
+    """The variable-length kernel: the package's if one was chosen, else torch's; None where it is missing or does not take these tensors."""
+    width = query_BHTD.shape[-1]
+    if value_BHTD.shape[-1] != width or not all(flash_takes(width, x.dtype) for x in (query_BHTD, key_BHTD, value_BHTD)):
+        return None
+    if package is not None:
+        return package
     try:
         from torch.nn.attention import varlen
     except ImportError:  # an older torch
         return None
     varlen_attn: Callable[..., Any] = varlen.varlen_attn
     known = inspect.signature(varlen_attn).parameters
-    half = all(x.dtype in (torch.bfloat16, torch.float16) for x in (query_BHTD, key_BHTD, value_BHTD))
-    head_dim = query_BHTD.shape[-1]
-    if "window_size" not in known or not half or head_dim > 256 or head_dim % 8 or value_BHTD.shape[-1] != head_dim:
+    if "window_size" not in known:
         return None
     groups = query_BHTD.shape[1] // key_BHTD.shape[1]
     if groups == 1:

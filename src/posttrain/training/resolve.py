@@ -19,6 +19,8 @@ from posttrain import hf_flags
 from posttrain.config import Config
 from posttrain.model.load import hardware_dtype
 from posttrain.objectives.dpo import DpoLoss
+from posttrain.training.resolve_context import resolve_context
+from posttrain.training.resolve_quantized import resolve_optimizer, resolve_quantized
 from posttrain.types import UserError
 
 # (adapter, all weights). A preference loss has its best policy close by; likelihoods do not.
@@ -45,6 +47,8 @@ def resolve(config: Config) -> Config:
     _check_data(config)
     _check_adapter(config)
     _check_library(config, on_cpu)
+    config = resolve_optimizer(resolve_quantized(config), on_cpu)
+    config = resolve_context(config)
     if config.command == "dpo":
         config = _resolve_dpo(config)
     if config.command == "rm" and config["center_rewards_coefficient"] < 0:
