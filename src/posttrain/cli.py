@@ -65,7 +65,7 @@ def _use_cache(folder: str) -> None:
 def overview() -> str:
     """The text of `posttrain --help`."""
     lines = ["usage: posttrain <command> [--config FILE.yaml] [--flag value …]", "", "commands:"]
-    lines += [f"  {name:<9} {command.purpose}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<12} {command.purpose}" for name, command in COMMANDS.items()]
     lines += ["", "posttrain <command> --help   the flags of one command, grouped by purpose"]
     lines += ["posttrain --version          the version"]
     return "\n".join(lines)

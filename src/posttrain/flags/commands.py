@@ -33,6 +33,8 @@ class InferenceFlags:
     template_name: str | None = flag(None, "Chat template. [default: the tokenizer's own: what it was trained with]")
     system_prompt: str | None = flag(None, "System turn put before every conversation that has none.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "Type of the loaded weights.")
+    load_in_4bit: bool = flag(False, "Load the model in 4 bits (NF4, its scales in 8 bits), fused experts too.")
+    load_in_8bit: bool = flag(False, "Load the model's linear layers in 8 bits (LLM.int8()).")
     trust_remote_code: bool = flag(False, "Run Python code that comes with the model.")
 
 
@@ -117,6 +119,25 @@ class ShowTextFlags:
     """Documents"""
 
     block_size: int = flag(1024, "Row length in tokens with --stage pt.")
+
+
+@dataclass(frozen=True)
+class VocabularyFlags:
+    """Vocabulary"""
+
+    model_name_or_path: str = flag(REQUIRED, "Base model: a folder, a hub name, or smollm2-135m-instruct.")
+    output_dir: str = flag(REQUIRED, "Folder to write the model with the grown vocabulary to.")
+    vocab_size: int = flag(8000, "New pieces at most.")
+    min_frequency: int = flag(2, "A new piece occurs at least so often in the corpus.")
+    domain_sp_model: str | None = flag(
+        None, "SentencePiece .model trained before: its pieces are added, in its order, in place of pieces trained on the corpus."
+    )
+    validation_file_dir: str | None = flag(None, "Held-out text that the gain is measured on, named like --train_file_dir.")
+    validation_split_percentage: float = flag(5.0, "Share of the corpus held out when no held-out text is named, in percent.")
+    max_eval_samples: int = flag(50, "Held-out rows for the loss before and after. -1: all; 0: no loss. Tokens are counted on all.")
+    cache_dir: str | None = flag(None, "Folder for downloads and prepared data. [default: $POSTTRAIN_CACHE or ~/.cache/posttrain]")
+    trust_remote_code: bool = flag(False, "Run Python code that comes with the model.")
+    overwrite_output_dir: bool = flag(False, "Replace an --output_dir that is not empty.")
 
 
 @dataclass(frozen=True)
