@@ -14,6 +14,7 @@ from posttrain.commands.inference import Answerer, answer, check_sampling, finis
 from posttrain.commands.report import quiet_libraries
 from posttrain.config import Config
 from posttrain.data.template import encode_prompt, stop_token_ids
+from posttrain.model.quantize import quantization_of
 from posttrain.types import Message, Prompt, RowError
 
 HELP = "/clear forgets the conversation, /system TEXT sets the system prompt (alone: removes it), /exit or Ctrl-D leaves"
@@ -28,6 +29,7 @@ def run(config: Config) -> None:
     answerer = load_answerer(
         model.base_model, model.lora_model, tokenizer_path=model.tokenizer_path, template_name=model.template_name,
         dtype=model.dtype, trust_remote_code=model.trust_remote_code,
+        quantization=quantization_of(model.load_in_4bit, model.load_in_8bit, double=True),
     )  # fmt: skip
     talk(answerer, sampling, model.system_prompt)
 

@@ -18,6 +18,7 @@ from posttrain.config import Config
 from posttrain.data.ledger import Ledger
 from posttrain.data.load import DataSource, iter_examples
 from posttrain.data.template import encode_prompt, message_dicts
+from posttrain.model.quantize import quantization_of
 from posttrain.types import Prompt, RowError, UserError
 
 WINDOW_BATCHES = 32  # prompts of this many batches are sorted by length together, then written in order
@@ -33,6 +34,7 @@ def run(config: Config) -> None:
     answerer = load_answerer(
         model.base_model, model.lora_model, tokenizer_path=model.tokenizer_path, template_name=model.template_name,
         dtype=model.dtype, trust_remote_code=model.trust_remote_code,
+        quantization=quantization_of(model.load_in_4bit, model.load_in_8bit, double=True),
     )  # fmt: skip
     started = time.perf_counter()
     n_answers, n_tokens = generate(

@@ -14,6 +14,7 @@ from posttrain.data.template import apply_template, stop_token_ids
 from posttrain.model.adapter import adapter_rope, load_adapter
 from posttrain.model.load import DType, check_vocabulary, load_model, load_tokenizer, resize_embeddings
 from posttrain.model.merge import merge_tokenizer_folder
+from posttrain.model.quantize import Quantization
 from posttrain.model.rope import context_tokens
 from posttrain.types import Message, UserError
 
@@ -46,6 +47,7 @@ def load_answerer(
     template_name: str | None = None,
     dtype: DType = "auto",
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> Answerer:
     """The model, with its adapter unmerged where one is named, spread over the GPUs where there are any.
 
@@ -56,7 +58,9 @@ def load_answerer(
     apply_template(tokenizer, template_name)
     device_map = "auto" if torch.cuda.is_available() else None
     rope = adapter_rope(lora_model) if lora_model else None
-    model: Any = load_model(base_model, dtype, trust_remote_code=trust_remote_code, device_map=device_map, rope=rope)
+    model: Any = load_model(
+        base_model, dtype, quantization=quantization, trust_remote_code=trust_remote_code, device_map=device_map, rope=rope
+    )
     if lora_model:
         resize_embeddings(model, tokenizer)
     check_vocabulary(model, tokenizer)

@@ -38,5 +38,6 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as library_logging
 
     library_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line per product and type
     if not sys.stderr.isatty():
         library_logging.disable_progress_bar()

@@ -27,6 +27,7 @@ from posttrain.model.adapter import adapter_rope, is_reward_adapter, load_adapte
 from posttrain.model.attention import enable_segments
 from posttrain.model.load import check_vocabulary, load_tokenizer, read_config, resize_embeddings, stores_score_head
 from posttrain.model.merge import merge_tokenizer_folder
+from posttrain.model.quantize import quantization_of
 from posttrain.model.reward import install_scores, load_reward_model, set_padding
 from posttrain.model.rope import context_tokens
 from posttrain.types import Chat, Pair, RowError, UserError
@@ -69,7 +70,10 @@ def load_rater(chosen: flags.InferenceFlags) -> Rater:
     apply_template(tokenizer, chosen.template_name)
     device_map = "auto" if torch.cuda.is_available() else None
     rope = adapter_rope(lora) if lora else None
-    model: Any = load_reward_model(base, chosen.dtype, trust_remote_code=trust, device_map=device_map, rope=rope)
+    quantization = quantization_of(chosen.load_in_4bit, chosen.load_in_8bit, double=True)
+    model: Any = load_reward_model(
+        base, chosen.dtype, quantization=quantization, trust_remote_code=trust, device_map=device_map, rope=rope
+    )
     if lora:
         resize_embeddings(model, tokenizer)
     check_vocabulary(model, tokenizer)

@@ -52,8 +52,10 @@ def _replacement(module: nn.Module) -> tuple[str, Callable[..., Tensor]] | None:
     own = vars(module).get("forward")  # another's hook, or ours already
     if own is not None and getattr(own, "__func__", None) is not lora_forward._forward:
         return None
-    if next((p.device.type for p in module.parameters()), "") != "cpu":
-        return None
+    if next((p.device.type for p in module.parameters()), "") != "cpu" or any(
+        not p.is_floating_point() for p in module.parameters()
+    ):
+        return None  # quantised layers keep the forward of their library
     if _same_code(module, LlamaMLP) and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
         return "gated MLP", _mlp_forward
     if _same_code(module, LlamaRMSNorm):

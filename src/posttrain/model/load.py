@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from posttrain.model.embedded import resolve_model
+from posttrain.model.quantize import Quantization, quantizing, report
 from posttrain.model.rope import RopeScaling, forget_lengths, scale_rope
 from posttrain.types import UserError
 
 logger = logging.getLogger(__name__)
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
-Quantization = Literal["4bit", "8bit"]
 
 # Tokens that a vocabulary already holds and that no conversation contains, best first.
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>", "<unk>", "<s>")
@@ -109,22 +108,25 @@ def load_model(
         scale_rope(config, rope)
     chosen = hardware_dtype() if dtype == "auto" else getattr(torch, dtype)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "device_map": device_map}
+    with quantizing(quantization, chosen) as quantised:
+        if quantised:
+            options["device_map"] = own_device(device_map)
+        model = read_weights(AutoModelForCausalLM, name_or_path, config=config, dtype=chosen, **options, **quantised)
     if quantization is not None:
-        options["quantization_config"] = _quantization_config(quantization, chosen)
-        # Each rank of a distributed run holds the whole quantised model on its own device.
-        options["device_map"] = device_map or {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    model = read_weights(AutoModelForCausalLM, name_or_path, config=config, dtype=chosen, **options)
-    if quantization is not None:
-        sizes = ", ".join(f"{name} {size:,} bytes" for name, size in bytes_by_dtype(model).items())
-        logger.info("%s in %s: %s", name_or_path, quantization, sizes)
+        report(model, name_or_path, quantization)
     return model
+
+
+def own_device(device_map: str | dict[str, Any] | None) -> str | dict[str, Any]:
+    """Where a quantised model goes: each rank of a distributed run holds all of it on its own device."""
+    return device_map or {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
 
 
 def read_weights(kind: Any, name_or_path: str, *, drawn: frozenset[str] = frozenset(), **options: Any) -> PreTrainedModel:
     """A model of a class (or an Auto class) from its folder. Raises UserError for weights that are missing, those of `drawn` apart."""
     try:
         model, info = kind.from_pretrained(resolve_model(name_or_path), output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # weights missing, of other shapes, or half a file
         raise UserError(f"{name_or_path}: cannot load the model ({_first_line(error)})") from error
     parameters = {name for name, _ in model.named_parameters()} - drawn
     if missing := sorted(parameters & set(info["missing_keys"])):
@@ -176,19 +178,6 @@ def _check_causal(name: str, config: Any) -> None:
         raise UserError(f"{name}: is a {found}, not a causal language model ({wanted})")
 
 
-def _quantization_config(quantization: Quantization, compute: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantisation (QLoRA, arXiv 2305.14314) or LLM.int8()."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"loading in {quantization} needs bitsandbytes; run: pip install 'posttrain[quant]'") from error
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
-
-
 def resize_embeddings(model: PreTrainedModel, tokenizer: Any) -> int:
     """Grow the embedding and output head to hold every id of the tokenizer; returns the number of new rows.
 
@@ -215,14 +204,6 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's embedding {rows} rows: they do not belong together"
         )
-
-
-def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
-    """Bytes of the parameters by storage type, largest first; what a quantised load really saved."""
-    sizes: Counter[str] = Counter()
-    for parameter in model.parameters():
-        sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel() * parameter.element_size()
-    return dict(sizes.most_common())
 
 
 def _first_line(error: Exception) -> str:

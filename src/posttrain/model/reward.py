@@ -24,7 +24,8 @@ from transformers.models.auto.modeling_auto import (
 
 from posttrain.model.attention import find_decoder, unwrap
 from posttrain.model.embedded import resolve_model
-from posttrain.model.load import DType, hardware_dtype, read_config, read_weights, stores_score_head, unused_tokens
+from posttrain.model.load import DType, hardware_dtype, own_device, read_config, read_weights, stores_score_head, unused_tokens
+from posttrain.model.quantize import Quantization, quantizing, report
 from posttrain.model.rope import RopeScaling, scale_rope
 from posttrain.model.router import balance_function
 from posttrain.types import UserError
@@ -48,6 +49,7 @@ def load_reward_model(
     name_or_path: str,
     dtype: DType = "auto",
     *,
+    quantization: Quantization | None = None,
     trust_remote_code: bool = False,
     revision: str = "main",
     device_map: str | dict[str, Any] | None = None,
@@ -71,7 +73,11 @@ def load_reward_model(
     kind = _reward_class(name_or_path, causal, config)
     chosen = hardware_dtype() if dtype == "auto" else getattr(torch, dtype)
     drawn = frozenset() if stored else frozenset({f"{HEAD}.weight"})
-    model = read_weights(kind, name_or_path, drawn=drawn, config=config, dtype=chosen, revision=revision, device_map=device_map)
+    options: dict[str, Any] = {"revision": revision, "device_map": own_device(device_map) if quantization else device_map}
+    with quantizing(quantization, chosen, (HEAD,)) as quantised:
+        model = read_weights(kind, name_or_path, drawn=drawn, config=config, dtype=chosen, **options, **quantised)
+    if quantization is not None:
+        report(model, name_or_path, quantization)
     if not stored:
         weight = score_head(model).weight
         with torch.no_grad():

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from posttrain.model.attention import find_decoder
+from posttrain.types import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +16,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # what families call them
+
+
+def balance_router(model: PreTrainedModel, coefficient: float | None) -> str:
+    """Switch the load balancing loss on, at the model's own weight where `coefficient` is None; off at 0. Says so, "" without a router.
+
+    transformers leaves it off, and a router whose input drifts then sends ever more tokens to few experts. Raises UserError for a
+    coefficient that the model has no use for.
+    """
+    config = model.config
+    own = getattr(config, "router_aux_loss_coef", None)
+    if own is None or balance_function(model) is None:
+        if coefficient is not None:
+            raise UserError(f"--router_aux_loss_coef {coefficient}: {type(model).__name__} has no load balancing loss")
+        return ""
+    config.router_aux_loss_coef = own if coefficient is None else coefficient
+    config.output_router_logits = config.router_aux_loss_coef > 0
+    return f"load balancing x {config.router_aux_loss_coef:g}" if config.output_router_logits else "off"
 
 
 def balance_function(core: PreTrainedModel) -> Callable[..., Tensor] | None:

@@ -12,6 +12,7 @@ import torch
 from posttrain.config import Config
 from posttrain.model.load import hardware_dtype
 from posttrain.training.resolve import CPU_FORWARD_TOKENS, GPU_FORWARD_TOKENS, HELD_OUT_FLAGS, check_reporting, check_sources
+from posttrain.training.resolve_quantized import resolve_quantized
 from posttrain.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def resolve_ppo(config: Config) -> Config:
     _check_sizes(config)
     check_sources(config, _idle(config))
     _check_meaning(config)
+    config = resolve_quantized(config)
     check_reporting([config["report_to"]])
     on_cpu = config["use_cpu"] or not torch.accelerator.is_available()
     native = torch.bfloat16 if on_cpu and torch.cpu._is_avx512_bf16_supported() else hardware_dtype()
