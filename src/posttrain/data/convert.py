@@ -59,6 +59,8 @@ def convert(
     found = find_files(in_file, "--in_file") if file_type == "auto" or not Path(in_file).is_file() else None
     paths = [Path(in_file)] if found is None else [path for files in found for path in files.paths]
     target = Path(out_file)
+    if target.is_dir():
+        raise UserError(f"--out_file {out_file}: is a folder; name a file in it")
     if any(target.exists() and path.samefile(target) for path in paths):
         raise UserError(f"--out_file {out_file} is one of the files to read; name another")
     ledger = Ledger()
