@@ -1,0 +1,223 @@
+"""Grown vocabularies: what the base cuts stays, new pieces are joined from it, nothing is lost; for both kinds of BPE."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from posttrain.data.grow import Growth, grow_by_corpus, grow_by_model
+from posttrain.data.pieces import SPACE, take_apart
+from posttrain.types import UserError
+from vocabularies import ENGLISH, domain_lines, expanded, sentencepiece_base, sentencepiece_model
+
+KINDS = ["byte-level", "sentencepiece"]
+ENGLISH_WORDS = st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=80)
+TEXTS = st.one_of(
+    st.text(max_size=40),
+    st.lists(st.sampled_from([*domain_lines(12), *ENGLISH, "感染", "病", "毒", " ", "\n", "🦊", "e\u0301"]), max_size=6).map(
+        "".join
+    ),
+    st.text(alphabet="病人患者感染毒 a1，", max_size=30),
+)
+
+
+@pytest.fixture(scope="module")
+def bases(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = sentencepiece_base(tmp_path_factory.mktemp("llama"))
+    return {"byte-level": tokenizer, "sentencepiece": AutoTokenizer.from_pretrained(folder)}
+
+
+def growth_of(base: Any, texts: Iterable[str] = (), most: int = 60, min_frequency: int = 2) -> Growth:
+    growth = Growth(take_apart(base, "base"), most)
+    grow_by_corpus(growth, texts or domain_lines(), min_frequency)
+    return growth
+
+
+def grown(growth: Growth) -> Tokenizer:
+    return Tokenizer.from_str(json.dumps(growth.tokenizer_state()))
+
+
+@pytest.fixture(scope="module")
+def pairs(bases: dict[str, Any]) -> dict[str, tuple[Growth, Tokenizer, Tokenizer]]:
+    """Kind → (growth, base, grown tokenizer)."""
+    made = {kind: growth_of(base) for kind, base in bases.items()}
+    return {kind: (growth, growth.base.backend, grown(growth)) for kind, growth in made.items()}
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=TEXTS)
+def test_a_new_piece_stands_for_what_the_base_gave(pairs: dict[str, Any], kind: str, text: str) -> None:
+    """For every text, so that one without new pieces keeps its ids."""
+    growth, base, new = pairs[kind]
+    assert expanded(ids(new, text), growth) == ids(base, text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=TEXTS)
+def test_nothing_is_lost(pairs: dict[str, Any], kind: str, text: str) -> None:
+    _, base, new = pairs[kind]
+    back = new.decode(ids(new, text), skip_special_tokens=False)
+    assert back == base.decode(ids(base, text), skip_special_tokens=False)
+    # SentencePiece reads its own mark as a space and takes the first space for the one that it puts before a text.
+    if kind == "byte-level" or (SPACE not in text and not text.startswith(" ")):
+        assert back == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=ENGLISH_WORDS)
+def test_text_outside_the_domain_keeps_its_ids(pairs: dict[str, Any], kind: str, text: str) -> None:
+    _, base, new = pairs[kind]
+    assert ids(new, text) == ids(base, text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_are_reached_and_whole(pairs: dict[str, Any], kind: str) -> None:
+    growth, base, new = pairs[kind]
+    assert len(growth.pieces) == 60
+    domain = "".join(domain_lines())
+    assert len(ids(new, domain)) < 0.5 * len(ids(base, domain))
+    for word in ("感染", "患者"):
+        assert len(ids(new, f"，{word}，")) < len(ids(base, f"，{word}，"))
+    texts = [growth.base.text(parts) for parts in growth.pieces.values()]
+    # A piece that is no whole character is a step on the way to one: its parts begin another piece.
+    for parts, text in zip(growth.pieces.values(), texts, strict=True):
+        assert text is not None or any(o[: len(parts)] == parts for o in growth.pieces.values() if o != parts)
+    if kind == "sentencepiece":
+        assert None not in texts
+    for new_id, name in enumerate(growth.pieces, growth.first_id):
+        assert [token.id for token in new.model.tokenize(name)] == [new_id]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_old_ids_and_special_tokens_stay(pairs: dict[str, Any], bases: dict[str, Any], kind: str) -> None:
+    growth, base, new = pairs[kind]
+    old = base.get_vocab(with_added_tokens=True)
+    now = new.get_vocab(with_added_tokens=True)
+    assert {name: now[name] for name in old} == old
+    assert sorted(now.values()) == list(range(len(old) + 60))
+    assert growth.first_id == len(old)
+    special = bases[kind].eos_token
+    assert ids(new, f"a{special}感染")[1:-1].count(old[special]) == 1 or ids(new, special) == [old[special]]
+
+
+def test_special_tokens_behind_the_vocabulary_keep_their_ids(tokenizer: Any) -> None:
+    base = copy.deepcopy(tokenizer)
+    base.add_special_tokens({"additional_special_tokens": ["<|late|>"]})
+    growth = growth_of(base)
+    new = grown(growth)
+    assert growth.first_id == len(tokenizer) + 1
+    assert ids(new, "感染<|late|>感染")[1:-1].count(len(tokenizer)) == 1
+    assert new.token_to_id("<|late|>") == len(tokenizer)
+
+
+# --- against the definition -----------------------------------------------------------------------------------------------
+
+
+def naive_pieces(words: list[list[tuple[int, ...]]], steps: int) -> list[tuple[int, ...]]:
+    """Sennrich's algorithm by the book: join the most frequent pair, again and again; the runs of old ids in order."""
+    found = []
+    for _ in range(steps):
+        counts = Counter(pair for word in words for pair in pairwise(word))
+        best, times = counts.most_common(1)[0]
+        assert list(counts.values()).count(times) == 1, "the example must have no ties"
+        found.append(best[0] + best[1])
+        words = [_joined(word, best) for word in words]
+    return found
+
+
+def _joined(word: list[tuple[int, ...]], pair: tuple[tuple[int, ...], tuple[int, ...]]) -> list[tuple[int, ...]]:
+    out: list[tuple[int, ...]] = []
+    for unit in word:
+        if out and (out[-1], unit) == pair:
+            out[-1] = out[-1] + unit
+        else:
+            out.append(unit)
+    return out
+
+
+def test_the_trained_pieces_are_those_of_the_definition(tokenizer: Any) -> None:
+    texts = ["vexing"] * 13 + ["vexed"] * 7 + ["vet"] * 4 + ["king"] * 2
+    growth = growth_of(tokenizer, texts, most=3)
+    backend = tokenizer.backend_tokenizer
+    words = [[(one,) for one in ids(backend, text)] for text in texts]
+    assert all(len(word) > 1 for word in words)
+    assert list(growth.pieces.values()) == naive_pieces(words, 3)
+
+
+def test_min_frequency_and_room(tokenizer: Any) -> None:
+    texts = ["vexing"] * 13 + ["hint"] * 2
+    pieces = [set(growth_of(tokenizer, texts, 50, frequency).pieces) for frequency in (1, 3, 14)]
+    assert pieces[0] > pieces[1] > pieces[2] == set()
+    assert any("hint".endswith(name) for name in pieces[0] - pieces[1])
+    assert [len(growth_of(tokenizer, texts, most).pieces) for most in (1, 2, 4)] == [1, 2, 4]
+    # A character of three ids needs two pieces, so that one is left alone here.
+    assert [len(growth_of(tokenizer, domain_lines(), most).pieces) for most in (1, 2)] == [0, 2]
+
+
+def test_sentencepiece_words_end_where_its_trainer_ends_them(bases: dict[str, Any]) -> None:
+    texts = ["zeta zeta 77 病毒zeta,, 病毒\n病毒"] * 50
+    growth = growth_of(bases["sentencepiece"], texts, most=500)
+    names = set(growth.pieces)
+    assert {"▁zeta", "病毒", "▁病毒"} <= names
+    assert not [name for name in names if SPACE in name[1:] or "\n" in name or "<0x" in name]
+    assert not {"77", "病毒zeta", "zeta,"} & names
+
+
+# --- a trained model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_of_a_trained_model(bases: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    file = sentencepiece_model(tmp_path, domain_lines(), 420, "domain")
+    growth = Growth(take_apart(bases[kind], "base"), 1000)
+    left_out = grow_by_model(growth, str(file))
+    new = grown(growth)
+    assert left_out < 20
+    pieces = {growth.base.text(parts) for parts in growth.pieces.values()}
+    assert {"感染", "病毒"} <= {piece.strip() for piece in pieces if piece}
+    for line in domain_lines():
+        assert expanded(ids(new, line), growth) == ids(growth.base.backend, line)
+        assert len(ids(new, line)) < 0.5 * len(ids(growth.base.backend, line))
+    few = Growth(take_apart(bases[kind], "base"), 5)
+    assert grow_by_model(few, str(file)) > left_out
+    assert 0 < len(few.pieces) <= 5
+
+
+def test_a_file_that_is_no_model(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "x.model"
+    file.write_text("nothing")
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
+        grow_by_model(Growth(take_apart(tokenizer, "base"), 5), str(file))
+
+
+# --- what cannot work -----------------------------------------------------------------------------------------------------
+
+
+def test_other_tokenizers_are_refused(tokenizer: Any) -> None:
+    word_piece = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    for core, kind in ((word_piece, "WordPiece"), (unigram, "Unigram")):
+        with pytest.raises(UserError, match=f"^base: its tokenizer is a {kind} model; only BPE"):
+            take_apart(PreTrainedTokenizerFast(tokenizer_object=core), "base")
+    suffixed = Tokenizer(models.BPE({"a": 0, "b</w>": 1, "ab</w>": 2}, [("a", "b</w>")], end_of_word_suffix="</w>"))
+    suffixed.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match="marks the parts of words"):
+        take_apart(PreTrainedTokenizerFast(tokenizer_object=suffixed), "base")
+    with pytest.raises(UserError, match="no fast backend"):
+        take_apart(object(), "base")
