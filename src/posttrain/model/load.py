@@ -23,6 +23,7 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 # Tokens that a vocabulary already holds and that no conversation contains, best first.
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>", "<unk>", "<s>")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
 
 
 def hardware_dtype() -> torch.dtype:
@@ -49,7 +50,9 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name_or_path}: cannot load a tokenizer ({_first_line(error)})") from error
+        nothing = Path(folder).is_dir() and not any(file for name in TOKENIZER_FILES for file in Path(folder).glob(name))
+        why = "there is none in this folder" if nothing else _first_line(error)
+        raise UserError(f"{name_or_path}: cannot load a tokenizer ({why})") from error
     tokenizer.padding_side = padding_side
     if tokenizer.eos_token_id is None:
         _repair_eos(tokenizer, name_or_path, _declared_eos(folder))
@@ -126,8 +129,12 @@ def read_weights(kind: Any, name_or_path: str, *, drawn: frozenset[str] = frozen
     """A model of a class (or an Auto class) from its folder. Raises UserError for weights that are missing, those of `drawn` apart."""
     try:
         model, info = kind.from_pretrained(resolve_model(name_or_path), output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # weights missing, of other shapes, or half a file
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{name_or_path}: cannot load the model ({_first_line(error)})") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(f"{name_or_path}: its weights do not have the shapes that its config.json says") from error
     parameters = {name for name, _ in model.named_parameters()} - drawn
     if missing := sorted(parameters & set(info["missing_keys"])):
         raise UserError(f"{name_or_path}: {len(missing)} weights are not in the folder, the first is {missing[0]}")
