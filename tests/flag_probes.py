@@ -154,6 +154,8 @@ class Lab:
             return {"model_name_or_path": self.model, "train_file_dir": self.chats, "output_format": "jsonl", "rows": -1}
         if command == "convert":
             return {"in_file": self.chats, "out_file": self.path("converted.jsonl")}
+        if command == "extend-vocab":
+            return {"model_name_or_path": self.model, "train_file_dir": self.corpus, "output_dir": self.path(), "vocab_size": 10}
         if command == "merge":
             return {"base_model": self.model, "lora_model": self.adapter, "output_dir": self.path("merged")}
         if command == "score":

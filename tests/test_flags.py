@@ -25,6 +25,7 @@ import flag_probes_run  # noqa: F401
 import flag_probes_schedule  # noqa: F401
 import flag_probes_score  # noqa: F401
 import flag_probes_train  # noqa: F401
+import flag_probes_vocabulary  # noqa: F401
 from flag_probes import PROBES, Lab, family
 from flag_probes_library import LIBRARY, Field
 from posttrain import cli, config, hf_flags
@@ -209,7 +210,7 @@ def test_the_commands_of_some_old_words() -> None:
     assert commands_of_old_word("eval_batch_size") == ["ppo", *asked[:3]]
     assert commands_of_old_word("max_seq_length") == ["pt", "sft", "show"]
     assert commands_of_old_word("model_max_length") == ["pt"]
-    assert commands_of_old_word("model_type") == ["merge", *asked, "show"]
+    assert commands_of_old_word("model_type") == ["merge", *asked, "show", "extend-vocab"]
     got = config.parse("pt", cli.COMMANDS["pt"].groups, True, ["--model_name_or_path", "m", "--cutoff_len", "77"])
     assert got["block_size"] == 77
 

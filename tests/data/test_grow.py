@@ -155,7 +155,7 @@ def test_the_trained_pieces_are_those_of_the_definition(tokenizer: Any) -> None:
     texts = ["vexing"] * 13 + ["vexed"] * 7 + ["vet"] * 4 + ["king"] * 2
     growth = growth_of(tokenizer, texts, most=3)
     backend = tokenizer.backend_tokenizer
-    words = [[(one,) for one in ids(backend, text)] for text in texts]
+    words: list[list[tuple[int, ...]]] = [[(one,) for one in ids(backend, text)] for text in texts]
     assert all(len(word) > 1 for word in words)
     assert list(growth.pieces.values()) == naive_pieces(words, 3)
 
