@@ -25,7 +25,8 @@ WORDS_OF_EVERY_COMMAND = {"config", "help", "all"}
 def known_flags() -> set[str]:
     """Own, library, renamed and refused."""
     own = {name for command in cli.COMMANDS.values() for name in config.options_of(command.groups, command.training)}
-    return own | set(hf_flags.library_flags()) | set(hf_flags.RENAMED) | set(hf_flags.REFUSED) | WORDS_OF_EVERY_COMMAND
+    of_one = {word for table in (hf_flags.OF_COMMAND, hf_flags.REFUSED_BY) for words in table.values() for word in words}
+    return own | of_one | set(hf_flags.library_flags()) | set(hf_flags.RENAMED) | set(hf_flags.REFUSED) | WORDS_OF_EVERY_COMMAND
 
 
 def command_lines(text: str) -> list[str]:
@@ -115,6 +116,13 @@ def flag_tables() -> str:
     lines += grouped([(old, why) for old, (new, why) in hf_flags.RENAMED.items() if new is None])
     lines += ["", "| refused: would do nothing here | why |", "|---|---|"]
     lines += grouped(list(hf_flags.REFUSED.items()))
+    for command, words in hf_flags.OF_COMMAND.items():
+        new = [f"`--{old}` → `--{name}`" + (f" ({why})" if why else "") for old, (name, why) in words.items() if name]
+        lines += ["", *textwrap.wrap(f"In `{command}` also: {', '.join(new)}.", 140, break_on_hyphens=False)] if new else []
+        lines += ["", f"| `{command}` alone: needed no more, or refused | why |", "|---|---|"]
+        lines += grouped(
+            [*((old, why) for old, (name, why) in words.items() if name is None), *hf_flags.REFUSED_BY.get(command, {}).items()]
+        )
     return "\n".join(lines) + "\n"
 
 
