@@ -16,13 +16,13 @@ import torch
 
 from conftest import tiny_llama
 from posttrain.model.load import (
-    bytes_by_dtype,
     check_vocabulary,
     hardware_dtype,
     load_model,
     load_tokenizer,
     resize_embeddings,
 )
+from posttrain.model.quantize import bytes_by_dtype
 from posttrain.model.rope import RopeScaling, context_tokens
 from posttrain.types import UserError
 

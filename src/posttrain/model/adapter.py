@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.model import lora_forward
+from posttrain.model.quantize import check_experts, check_trainable
 from posttrain.model.reward import HEAD, has_score_head, score_head
 from posttrain.model.rope import RopeScaling, rope_scaling
 from posttrain.types import UserError
@@ -53,9 +54,11 @@ def attach_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
 
     Raises UserError for names that the model does not have.
     """
-    modules, parameters = _targets(model, lora.target_modules)
     saved = _names(lora.modules_to_save)
+    check_experts(model, _names(lora.target_modules))
+    modules, parameters = _targets(model, lora.target_modules)
     _check_names("--modules_to_save", saved, {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
+    check_trainable(model, saved, "--modules_to_save")
     if parameters and lora.dropout:
         raise UserError("--lora_dropout: fused experts take no dropout; set it to 0 or leave the experts out of --target_modules")
     head = model.get_output_embeddings()
@@ -114,8 +117,12 @@ def read_adapter_config(path: str) -> dict[str, Any]:
     """adapter_config.json of a folder. Raises UserError where there is none."""
     file = Path(path) / "adapter_config.json"
     if not file.is_file():
-        raise UserError(f"{path}: no adapter_config.json in it, so it is not an adapter folder")
-    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        why = "no adapter_config.json in it, so it is not an adapter folder" if Path(path).is_dir() else "no such adapter folder"
+        raise UserError(f"{path}: {why}")
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
     return settings
 
 

@@ -92,6 +92,29 @@ def is_expert(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 3 and "expert" in name and parameter.is_floating_point()
 
 
+def check_experts(model: nn.Module, targets: list[str]) -> None:
+    """Raises UserError where an adapter is asked for on experts that are stored in 4 bits."""
+    modules: Iterable[Any] = [module for module in model.modules() if hasattr(module, "parametrizations")]
+    names = {
+        name for module in modules for name, kept in module.parametrizations.items() if hasattr(kept.original, "quant_state")
+    }
+    for target in targets:
+        if target.rsplit(".", 1)[-1] in names and not any(
+            name.endswith(target) for name, module in model.named_modules() if hasattr(module, "in_features")
+        ):
+            raise UserError(
+                f"--target_modules {target}: fused experts in 4 bits take no adapter; leave them out, or load in bfloat16"
+            )
+
+
+def check_trainable(model: nn.Module, names: list[str], flag: str) -> None:
+    """Raises UserError for modules that would be trained whole but have quantised weights."""
+    for path, module in model.named_modules():
+        leaf = path.rsplit(".", 1)[-1]
+        if leaf in names and any(not p.is_floating_point() for p in module.parameters()):
+            raise UserError(f"{flag} {leaf}: its weights are quantised and cannot be trained; leave it out, or load in bfloat16")
+
+
 def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
     """Bytes of the parameters by storage type, largest first, the scales of quantised ones included: what a load really saved."""
     sizes: Counter[str] = Counter()
