@@ -84,6 +84,7 @@ def run(config: Config) -> None:
         )
     reporter.begin(loop.step)
     finish(loop, train(loop), folder, tokenizer)
+    reporter.results()
 
 
 PARENTS = {

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from posttrain.commands.report import say
+from posttrain.training import artifacts
 from posttrain.training.callbacks import METRICS_FILE
 from posttrain.training.ppo import Loop
 from posttrain.training.ppo_rollout import Rollout
@@ -56,6 +57,18 @@ class Reporter:
     def save(self, loop: Loop) -> None:
         """A checkpoint."""
         save_checkpoint(loop, self.folder, self.save_total_limit, self.tokenizer)
+
+    def results(self) -> None:
+        """What a finished run of the other stages leaves too: the last figures as text, and all of them in trainer_state.json."""
+        if not self.accelerator.is_main_process:
+            return
+        lines = [json.loads(line) for line in (self.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+        for name, is_eval in (("train", False), ("eval", True)):
+            rows = [line for line in lines if ("eval_score" in line) is is_eval]
+            if rows:
+                artifacts.write_results(self.folder, name, rows[-1])
+        state = {"global_step": lines[-1]["step"] if lines else 0, "log_history": lines}
+        (self.folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def _append(self, name: str, content: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
