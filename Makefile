@@ -28,6 +28,7 @@ bench: $(READY)
 	$(PY) benchmarks/sft.py
 	$(PY) benchmarks/dpo.py
 	$(PY) benchmarks/rm.py
+	$(PY) benchmarks/ppo.py
 
 gpu-check: $(READY)
 	$(PY) benchmarks/gpu_check.py

@@ -100,9 +100,11 @@ def save_rows(name: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def run_contender(script: str, name: str, rows_file: Path, steps: int, dtype: str) -> dict[str, Any]:
-    """One contender in a process of its own; its result is the last line it prints."""
-    words = [sys.executable, script, "--contender", name, "--rows_file", str(rows_file), "--steps", str(steps), "--dtype", dtype]
+def run_contender(
+    script: str, name: str, rows_file: Path, steps: int, dtype: str, python: str | Path = sys.executable
+) -> dict[str, Any]:
+    """One contender in a process of its own, by a Python of its own where it needs other libraries; its result is the last line it prints."""
+    words = [str(python), script, "--contender", name, "--rows_file", str(rows_file), "--steps", str(steps), "--dtype", dtype]
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     if name.startswith("ours"):
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it; TRL keeps its own (faster alone) default

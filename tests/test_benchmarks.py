@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,54 @@ def test_the_report_compares_with_the_better_mode_in_each_respect(benchmarks: An
     }
     assert ratios["gaps to trl"]["fp32 losses, largest"] == pytest.approx(0.05)
     assert capsys.readouterr().out.count("MISSED") == 1
+
+
+def test_texts_have_exactly_the_tokens_that_are_wanted(benchmarks: Any) -> None:
+    ppo = benchmarks("ppo")
+
+    def tokens(text: str) -> int:
+        return 5 + sum(2 if word == "long" else 1 for word in text.split())  # a template's own, and a word of two
+
+    for seed in range(20):
+        assert tokens(ppo.words_of(["a", "long", "b"], 30, tokens, random.Random(seed))) == 30
+    with pytest.raises(ValueError, match="less than what stands around"):
+        ppo.words_of(["a"], 4, tokens, random.Random(0))
+
+
+def test_every_second_of_a_ppo_step_is_in_one_part(benchmarks: Any) -> None:
+    times = iter([0.0, 10.0, 17.0, 30.0, 40.0, 45.0, 60.0])
+    timeline = benchmarks("ppo_trl").Timeline(lambda: next(times))
+    for scored in (2.0, 1.0):
+        timeline.generated()
+        timeline.scored(scored / 2)  # two micro-batches are scored, and each is trained on in each of two epochs
+        timeline.scored(scored / 2)
+        for _ in range(4):
+            timeline.training()
+        timeline.end_step()
+    assert timeline.steps == [
+        {"rollout": 10.0, "score": 2.0, "measure": 5.0, "update": 13.0},
+        {"rollout": 10.0, "score": 1.0, "measure": 4.0, "update": 15.0},
+    ]
+
+
+def test_the_ppo_report_judges_speed_and_memory_apart(benchmarks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def result(per_second: float, peak_bytes: float, update: float) -> dict[str, Any]:
+        warm = {"rollout": 1.0, "score": 1.0, "measure": 1.0, "update": update}
+        return {"per_second": per_second, "peak_bytes": peak_bytes, "seconds": [dict.fromkeys(warm, 99.0), warm]}
+
+    results = {
+        "trl": result(0.2, 100.0, 9.0), "ours": result(0.32, 62.0, 4.0), "ours_trunk": result(0.38, 50.0, 2.0),
+        "ours_group": result(0.64, 50.0, 1.0), "ours_sft": {"peak_bytes": 50.0},
+    }  # fmt: skip
+    ratios = benchmarks("ppo").report(results)
+    assert {what: found["reached"] for what, found in ratios.items() if found.get("to_reach")} == {
+        "ours / trl, episodes/s": True,
+        "ours / trl, peak memory": False,
+        "ours_trunk / trl, episodes/s": False,
+        "ours_trunk / trl, peak memory": True,
+        "ours / ours_sft, peak memory": True,
+    }
+    assert ratios["ours / ours_sft, peak memory"]["ratio"] == pytest.approx(1.24)
+    assert ratios["prefix_sharing_by_part"]["update"] == 4.0
+    assert capsys.readouterr().out.count("MISSED") == 2
+    assert "ours / trl, episodes/s" not in benchmarks("ppo").report({"ours": results["ours"]})
