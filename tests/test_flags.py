@@ -21,6 +21,7 @@ import flag_probes_commands  # noqa: F401
 import flag_probes_context  # noqa: F401
 import flag_probes_data  # noqa: F401
 import flag_probes_outside  # noqa: F401
+import flag_probes_quantized  # noqa: F401
 import flag_probes_run  # noqa: F401
 import flag_probes_schedule  # noqa: F401
 import flag_probes_score  # noqa: F401
