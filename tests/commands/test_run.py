@@ -290,6 +290,16 @@ def test_mistakes_on_the_command_line(pipeline: Path, tmp_path: Path, capsys: py
         assert all(note.startswith("note: ") for note in notes)
 
 
+def test_a_folder_of_somebody_else_is_kept(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "out" / "pt" / "notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert main(["run", str(pipeline)]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.endswith("out/pt holds what this pipeline did not make: move it away; --from_stage pt overwrites it")
+    assert mine.read_text() == "mine"
+
+
 def test_a_step_is_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real way of starting one, which the other tests leave out."""
     monkeypatch.undo()

@@ -110,10 +110,14 @@ class Runner:
     def judge(self, step: Step, record: dict[str, Any] | None) -> tuple[Verdict, str]:
         """What is to be done with a step, and why."""
         filled = step.folder.is_dir() and any(step.folder.iterdir())
-        if record is None or not filled:
+        if not filled:
             return "run", ""
         if step.stage in self.forced:
             return "again", "as --from_stage asks"
+        if record is None:
+            raise UserError(
+                f"{step.where}: {step.folder} holds what this pipeline did not make: move it away; --from_stage {step.stage} overwrites it"
+            )
         changed = self._changed(step, record)
         if changed:
             return "again", changed
