@@ -27,14 +27,14 @@ def encoder(config: Config, stage: Stage, tokenizer: Any) -> Encode:
         return EncodePrompt(tokenizer, config["max_source_length"])
     if stage in PAIR_STAGES:
         return EncodePair(tokenizer, config["max_source_length"], config["max_target_length"], keep_stop=stage == "rm")
-    longest = row_tokens(config)
+    longest = row_tokens(config, stage)
     return EncodeText(tokenizer, longest) if stage == "pt" else EncodeChat(tokenizer, longest)
 
 
 def _key(config: Config, stage: Stage, tokenizer: Any) -> str:
     """Changes whenever `encoder` would give other columns."""
     lengths = {name: config[name] for name in ("max_source_length", "max_target_length")} if stage not in ("pt", "sft") else {}
-    return fingerprint(tokenizer, longest=row_tokens(config), stage=stage, **lengths)
+    return fingerprint(tokenizer, longest=row_tokens(config, stage), stage=stage, **lengths)
 
 
 def train_source(config: Config) -> DataSource:

@@ -8,11 +8,13 @@ from posttrain.types import UserError
 SHIFT_SHARE = 4  # groups of a quarter of the row: the paper's choice
 
 
-def row_tokens(config: Config) -> int:
-    """The longest row of a stage: of a pair its prompt and one answer, of an episode prompt and answer."""
-    if "max_source_length" in config.values:
+def row_tokens(config: Config, stage: str | None = None) -> int:
+    """The longest row of a stage (the command's own, but for one that knows the flags of several): of a pair its prompt and one
+    answer, of an episode prompt and answer."""
+    stage = stage or config.command
+    if stage in ("rm", "dpo", "ppo"):
         return int(config["max_source_length"] + config["max_target_length"])
-    return int(config["block_size"] if "block_size" in config.values else config["model_max_length"])
+    return int(config["block_size"] if stage == "pt" else config["model_max_length"])
 
 
 def resolve_context(config: Config) -> Config:
