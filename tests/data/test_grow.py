@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from posttrain.data.grow import Growth, grow_by_corpus, grow_by_model
@@ -23,6 +24,7 @@ from vocabularies import ENGLISH, domain_lines, expanded, sentencepiece_base, se
 
 KINDS = ["byte-level", "sentencepiece"]
 ENGLISH_WORDS = st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=80)
+NEAR = ["browner foxes", "the dozing foxglove", "overthrown quickstep", "shaded lazybones", "throes", "jumper other thereover"]
 TEXTS = st.one_of(
     st.text(max_size=40),
     st.lists(st.sampled_from([*domain_lines(12), *ENGLISH, "感染", "病", "毒", " ", "\n", "🦊", "e\u0301"]), max_size=6).map(
@@ -48,11 +50,20 @@ def grown(growth: Growth) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(growth.tokenizer_state()))
 
 
+def with_grown(growth: Growth) -> tuple[Growth, Tokenizer, Tokenizer]:
+    return growth, growth.base.backend, grown(growth)
+
+
 @pytest.fixture(scope="module")
 def pairs(bases: dict[str, Any]) -> dict[str, tuple[Growth, Tokenizer, Tokenizer]]:
     """Kind → (growth, base, grown tokenizer)."""
-    made = {kind: growth_of(base) for kind, base in bases.items()}
-    return {kind: (growth, growth.base.backend, grown(growth)) for kind, growth in made.items()}
+    return {kind: with_grown(growth_of(base)) for kind, base in bases.items()}
+
+
+@pytest.fixture(scope="module")
+def english(bases: dict[str, Any]) -> dict[str, tuple[Growth, Tokenizer, Tokenizer]]:
+    """The same, grown by words that are made of what the base knows: old and new merges meet in them."""
+    return {kind: with_grown(growth_of(base, NEAR * 3)) for kind, base in bases.items()}
 
 
 def ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -65,6 +76,14 @@ def ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def test_a_new_piece_stands_for_what_the_base_gave(pairs: dict[str, Any], kind: str, text: str) -> None:
     """For every text, so that one without new pieces keeps its ids."""
     growth, base, new = pairs[kind]
+    assert expanded(ids(new, text), growth) == ids(base, text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.lists(st.sampled_from([*NEAR, *ENGLISH, "the", "row", "n", "fo", " ", "er"]), max_size=8).map("".join))
+def test_a_new_piece_stands_for_what_the_base_gave_near_its_own_words(english: dict[str, Any], kind: str, text: str) -> None:
+    growth, base, new = english[kind]
+    assert len(growth.pieces) > 20
     assert expanded(ids(new, text), growth) == ids(base, text)
 
 
@@ -126,6 +145,18 @@ def test_special_tokens_behind_the_vocabulary_keep_their_ids(tokenizer: Any) -> 
     assert new.token_to_id("<|late|>") == len(tokenizer)
 
 
+def test_a_piece_that_the_base_cannot_reach_stays_unreached() -> None:
+    core = Tokenizer(models.BPE({"x": 0, "y": 1, "z": 2, "xy": 3}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    growth = growth_of(PreTrainedTokenizerFast(tokenizer_object=core), ["xyz"] * 5 + ["zx"] * 3)
+    assert growth.pieces
+    assert "xy" not in growth.pieces
+    new = grown(growth)
+    assert new.token_to_id("xy") == 3
+    for text in ("xy", "xyz", "zxy", "zxyz"):
+        assert expanded(ids(new, text), growth) == ids(core, text)
+
+
 # --- against the definition -----------------------------------------------------------------------------------------------
 
 
@@ -171,12 +202,12 @@ def test_min_frequency_and_room(tokenizer: Any) -> None:
 
 
 def test_sentencepiece_words_end_where_its_trainer_ends_them(bases: dict[str, Any]) -> None:
-    texts = ["zeta zeta 77 病毒zeta,, 病毒\n病毒"] * 50
+    texts = ["zeta zeta 77 病毒zeta,, 病毒\n病毒，\n，"] * 50
     growth = growth_of(bases["sentencepiece"], texts, most=500)
     names = set(growth.pieces)
     assert {"▁zeta", "病毒", "▁病毒"} <= names
     assert not [name for name in names if SPACE in name[1:] or "\n" in name or "<0x" in name]
-    assert not {"77", "病毒zeta", "zeta,"} & names
+    assert not [name for name in names if re.search(r"\d\d|[a-z][病毒,]|[病毒][a-z,]|[,，][a-z病毒]", name)]
 
 
 # --- a trained model ------------------------------------------------------------------------------------------------------
@@ -197,6 +228,12 @@ def test_pieces_of_a_trained_model(bases: dict[str, Any], kind: str, tmp_path: P
     few = Growth(take_apart(bases[kind], "base"), 5)
     assert grow_by_model(few, str(file)) > left_out
     assert 0 < len(few.pieces) <= 5
+
+
+def test_a_word_that_the_base_would_cut_has_no_spelling(tokenizer: Any) -> None:
+    pieces = take_apart(tokenizer, "base")
+    assert [pieces.spelling(text) for text in ("病毒，病", "fox, fox")] == [None, None]
+    assert [unit.text for unit in pieces.spelling("▁病毒") or []] == [" ", "病", "毒"]
 
 
 def test_a_file_that_is_no_model(tokenizer: Any, tmp_path: Path) -> None:
