@@ -134,7 +134,7 @@ REFUSED_BY: dict[str, dict[str, str]] = {
         "rope_scaling": _STRETCHED,
         "rope_factor": _STRETCHED,
         "neft_alpha": "PPO compares log-probs of two passes, which noise would make differ",
-        "router_aux_loss_coef": "PPO has no router loss: experts and router stay as they are under an adapter",
+        "router_aux_loss_coef": "the objective of PPO has no term for the router",
         "shift_attn": _NO_SHIFT,
         "shift_group_tokens": _NO_SHIFT,
         "flash_attn": "the kernel is chosen by itself",
