@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import textwrap
@@ -52,6 +53,7 @@ def _dispatch(words: list[str]) -> int:
         print(f"note: {note}", file=sys.stderr)
     if "cache_dir" in parsed.values and parsed["cache_dir"]:
         _use_cache(parsed["cache_dir"])
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of a kernel that it does without as soon as it is imported
     importlib.import_module(f"posttrain.commands.{command.module}").run(parsed)
     return 0
 

@@ -140,7 +140,7 @@ REFUSED_BY: dict[str, dict[str, str]] = {
         "flash_attn": "the kernel is chosen by itself",
         "fp16": "PPO computes in bfloat16 or float32: --bf16 True or False; --torch_dtype says how weights are stored",
         "total_episodes": "say --max_steps (rollouts) or --num_train_epochs (times every prompt is used)",
-    }
+    },
 }
 
 # Our defaults where the library's do not suit; a flag wins over them.

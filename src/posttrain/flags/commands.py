@@ -134,8 +134,12 @@ class VocabularyFlags:
     )
     validation_file_dir: str | None = flag(None, "Held-out text that the gain is measured on, named like --train_file_dir.")
     validation_split_percentage: float = flag(5.0, "Share of the corpus held out when no held-out text is named, in percent.")
-    max_eval_samples: int = flag(50, "Held-out rows for the loss before and after. -1: all; 0: no loss. Tokens are counted on all.")
-    cache_dir: str | None = flag(None, "Folder for downloads and prepared data. [default: $POSTTRAIN_CACHE or ~/.cache/posttrain]")
+    max_eval_samples: int = flag(
+        50, "Held-out rows for the loss before and after. -1: all; 0: no loss. Tokens are counted on all."
+    )
+    cache_dir: str | None = flag(
+        None, "Folder for downloads and prepared data. [default: $POSTTRAIN_CACHE or ~/.cache/posttrain]"
+    )
     trust_remote_code: bool = flag(False, "Run Python code that comes with the model.")
     overwrite_output_dir: bool = flag(False, "Replace an --output_dir that is not empty.")
 
