@@ -1,7 +1,7 @@
 """What the flag probes share: short runs through the command line, remembered by their flags, and the tiny things they read.
 
 A probe is a function of a `Lab` that fails when its flag does nothing. `PROBES` is the table of all: (family, flag) → probe, where
-`pt` and `sft` are one family, "train", and every other command is its own.
+`pt`, `sft`, `rm` and `dpo` are one family, "train", and every other command is its own.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def probe(family: str, *flags: str) -> Callable[[Probe], Probe]:
 
 def family(command: str) -> str:
     """The family of a command."""
-    return "train" if command in ("pt", "sft") else command
+    return "train" if command in ("pt", "sft", "rm", "dpo") else command
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,16 @@ class Run:
 
 
 class Lab:
-    """Runs commands on tiny inputs. `sft` and `pt` remember what they ran; `run` and `fails` do not."""
+    """Runs commands on tiny inputs. `sft`, `pt`, `rm` and `dpo` remember what they ran; `run` and `fails` do not."""
 
     def __init__(self, root: Path, model: Path):
         self.root, self.model = root, model
         self.remembered: dict[str, Run] = {}
         self.mute: str | None = None
+        self.stage = "sft"  # what `sft` runs
+        self.used: set[str] = set()  # commands that were run or remembered
         self.count = 0
-        chats = [
+        chats: list[dict[str, Any]] = [
             {
                 "conversations": [
                     {"from": "human", "value": f"what is {i}?"},
@@ -122,6 +124,7 @@ class Lab:
         self.chats = self.jsonl("chats.jsonl", chats)
         self.other_chats = self.jsonl("other.jsonl", [json.loads(json.dumps(row).replace("fox", "dog")) for row in chats[:9]])
         self.bad = self.jsonl("bad.jsonl", [*chats[:5], {"conversations": []}, *chats[5:8]])
+        self.pairs = self.jsonl("pairs.jsonl", [as_pair(row) for row in chats])
         self.corpus = root / "corpus.txt"
         lines = [f"the quick brown fox number {i} jumps over the lazy dog in the shade of tree {i}\n\n" for i in range(24)]
         self.corpus.write_text("".join(lines))
@@ -133,6 +136,24 @@ class Lab:
         lab.mute, lab.remembered, lab.root = flag, {}, self.path("muted")
         lab.root.mkdir()
         return lab
+
+    def of(self, stage: str) -> Lab:
+        """A lab in which another stage stands in the place of sft, with pairs made of the same chats in files of the same names."""
+        lab = copy.copy(self)
+        lab.stage, lab.remembered, lab.root, lab.used = stage, {}, self.path(stage), set()
+        lab.root.mkdir()
+        for made in ("adapter", "merged"):
+            lab.__dict__.pop(made, None)
+        for name in ("chats", "other_chats", "bad"):
+            file: Path = getattr(self, name)
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            setattr(lab, name, lab.jsonl(file.name, [as_pair(row) for row in rows]))
+        return lab
+
+    @property
+    def measure(self) -> str:
+        """A metric that depends on the model at the first step too: the loss, but for dpo, whose first loss is always ln 2."""
+        return "nll_chosen_nats" if self.stage == "dpo" else "loss"
 
     def path(self, name: str = "out") -> Path:
         """A name that is not taken yet, in the lab's folder."""
@@ -148,7 +169,8 @@ class Lab:
     def defaults(self, command: str) -> dict[str, Any]:
         """The flags that a short run of a command needs."""
         if family(command) == "train":
-            data = self.corpus if command == "pt" else self.chats
+            kept = self.chats if command == self.stage else self.pairs
+            data = self.corpus if command == "pt" else kept
             return {"model_name_or_path": self.model, "train_file_dir": data, "output_dir": self.path(), **TRAIN}
         if command == "show":
             return {"model_name_or_path": self.model, "train_file_dir": self.chats, "output_format": "jsonl", "rows": -1}
@@ -170,6 +192,8 @@ class Lab:
 
     def run(self, command: str, *, stdin: str = "", **flags: Any) -> Run:
         """One command in this process; a flag of None is left out. What it changes outside its folder is put back."""
+        command = self.stage if command == "sft" else command
+        self.used.add(command)
         defaults = self.defaults(command)
         flags = {name: value for name, value in {**defaults, **flags}.items() if name != self.mute} | {
             name: value for name, value in defaults.items() if name == self.mute
@@ -207,7 +231,16 @@ class Lab:
         """A successful training run on documents, remembered by its flags."""
         return self._remembered("pt", flags)
 
+    def rm(self, **flags: Any) -> Run:
+        """A successful run of a reward model on pairs, remembered by its flags."""
+        return self._remembered("rm", flags)
+
+    def dpo(self, **flags: Any) -> Run:
+        """A successful run of dpo on pairs, remembered by its flags."""
+        return self._remembered("dpo", flags)
+
     def _remembered(self, command: str, flags: Mapping[str, Any]) -> Run:
+        self.used.add(self.stage if command == "sft" else command)
         key = repr((command, sorted(flags.items(), key=str)))
         if key not in self.remembered:
             self.remembered[key] = self.good(command, **flags)
@@ -258,6 +291,14 @@ class Lab:
     def coded_model(self) -> Path:
         """The model with classes of its own, which only --trust_remote_code runs."""
         return coded_model(self.model, self.root / "coded-model")
+
+
+def as_pair(chat: dict[str, Any]) -> dict[str, Any]:
+    """A chat of one round with its answer as the chosen one; one without turns stays as it is."""
+    if not chat["conversations"]:
+        return chat
+    asked, answer = chat["conversations"]
+    return {"conversations": [asked], "chosen": answer["value"], "rejected": f"no idea, {asked['value']}"}
 
 
 def no_download(name: str, *args: Any) -> Path:

@@ -200,9 +200,14 @@ def overwrite_cache(lab: Lab) -> None:
 
 @probe("show", "stage")
 def show_stage(lab: Lab) -> None:
-    texts = [shown(lab.good("show", stage=stage, train_file_dir=lab.corpus))[0]["text"] for stage in ("pt",)]
-    assert texts[0].startswith("the quick brown fox")
+    texts = shown(lab.good("show", stage="pt", train_file_dir=lab.corpus))[0]["text"]
+    assert texts.startswith("the quick brown fox")
     assert "corpus.txt:1" in lab.fails("show", stage="sft", train_file_dir=lab.corpus)
+    for stage in ("rm", "dpo"):
+        row = shown(lab.good("show", stage=stage, train_file_dir=lab.pairs))[0]
+        assert (row["chosen"], row["rejected"]) == ("the fox number 0 rests<|im_end|>", "no idea, what is 0?<|im_end|>")
+    cut = [shown(lab.good("show", stage=s, train_file_dir=lab.pairs, max_target_length=5))[0]["chosen"] for s in ("rm", "dpo")]
+    assert [text.endswith("<|im_end|>") for text in cut] == [True, False]  # a reward model reads its score there
 
 
 @probe("show", "rows")

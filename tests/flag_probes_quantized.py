@@ -24,14 +24,16 @@ def said(text: str) -> str | None:
 def load_in_4bit(lab: Lab) -> None:
     one, other = lab.sft(), lab.sft(load_in_4bit=True)
     assert (said(one.err), said(other.err)) == (None, "4bit")
-    assert one.logged("loss")[0] != other.logged("loss")[0] == pytest.approx(one.logged("loss")[0], rel=0.02)
+    before, after = (run.logged(lab.measure)[0] for run in (one, other))
+    assert before != after == pytest.approx(before, rel=0.02)
 
 
 @probe("train", "load_in_8bit")
 def load_in_8bit(lab: Lab) -> None:
     one, other = lab.sft(), lab.sft(load_in_8bit=True)
     assert (said(one.err), said(other.err)) == (None, "8bit")
-    assert one.logged("loss")[0] != other.logged("loss")[0] == pytest.approx(one.logged("loss")[0], rel=0.02)
+    before, after = (run.logged(lab.measure)[0] for run in (one, other))
+    assert before != after == pytest.approx(before, rel=0.02)
 
 
 @probe("train", "qlora")

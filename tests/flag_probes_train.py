@@ -18,7 +18,7 @@ from flag_probes import Lab, Run, probe
 @probe("train", "model_name_or_path")
 def model_name_or_path(lab: Lab) -> None:
     one, other = lab.sft(), lab.sft(model_name_or_path=lab.other_model)
-    assert abs(one.logged("loss")[0] - other.logged("loss")[0]) > 1e-3
+    assert abs(one.logged(lab.measure)[0] - other.logged(lab.measure)[0]) > 1e-3
     assert other.read("run.json")["parents"]["base"]["name"] == str(lab.other_model)
 
 
@@ -40,17 +40,16 @@ def model_type(lab: Lab) -> None:
 def model_revision(lab: Lab) -> None:
     asked: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        for name in ("AutoConfig", "AutoTokenizer", "PreTrainedModel"):
             cls = getattr(transformers, name)
-            load = cls.from_pretrained
 
-            def spy(*args: Any, _load: Any = load, _name: str = name, **kwargs: Any) -> Any:
+            def spy(of: Any, *args: Any, _load: Any = cls.from_pretrained.__func__, _name: str = name, **kwargs: Any) -> Any:
                 asked.append((_name, kwargs.get("revision")))
-                return _load(*args, **kwargs)
+                return _load(of, *args, **kwargs)
 
-            patch.setattr(cls, "from_pretrained", spy)
+            patch.setattr(cls, "from_pretrained", classmethod(spy))
         lab.good("sft", model_revision="v2")
-    assert {("AutoConfig", "v2"), ("AutoTokenizer", "v2"), ("AutoModelForCausalLM", "v2")} <= set(asked)
+    assert {("AutoConfig", "v2"), ("AutoTokenizer", "v2"), ("PreTrainedModel", "v2")} <= set(asked)
 
 
 @probe("train", "cache_dir")
@@ -66,7 +65,10 @@ def cache_dir(lab: Lab) -> None:
 def dtype(lab: Lab) -> None:
     for name, expected in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         run = lab.sft(dtype=name, use_peft=False, max_steps=1)
-        assert {tensor.dtype for tensor in load_file(run.folder / "model.safetensors").values()} == {expected}
+        saved = load_file(run.folder / "model.safetensors")
+        assert {tensor.dtype for key, tensor in saved.items() if key != "score.weight"} == {
+            expected
+        }  # a score head is in float32
 
 
 @probe("train", "trust_remote_code")
@@ -105,8 +107,8 @@ def fused(lab: Lab) -> None:
 
 @probe("train", "forward_tokens")
 def forward_tokens(lab: Lab) -> None:
-    whole, cut = lab.sft(forward_tokens=0), lab.sft(forward_tokens=50)
-    assert max(batch.n_tokens for batch in whole.batches) > 50 >= max(batch.n_tokens for batch in cut.batches)
+    whole, cut = lab.sft(forward_tokens=0), lab.sft(forward_tokens=70)
+    assert max(batch.n_tokens for batch in whole.batches) > 70 >= max(batch.n_tokens for batch in cut.batches)
     assert whole.logged("loss") == pytest.approx(cut.logged("loss"), abs=1e-5)
 
 
@@ -120,7 +122,7 @@ def settings(run: Run) -> dict[str, Any]:
 
 @probe("train", "use_peft")
 def use_peft(lab: Lab) -> None:
-    assert all("lora_" in name for name in lab.sft().weights)
+    assert all("lora_" in name or "score" in name for name in lab.sft().weights)
     full = lab.sft(use_peft=False)
     assert not (full.folder / "adapter_config.json").exists()
     assert "model.embed_tokens.weight" in full.weights
@@ -149,9 +151,11 @@ def lora_dropout(lab: Lab) -> None:
 
 @probe("train", "target_modules")
 def target_modules(lab: Lab) -> None:
-    layers = {name.split(".")[-3] for name in lab.sft(target_modules="q_proj,down_proj").weights}
-    assert layers == {"q_proj", "down_proj"}
-    assert len({name.split(".")[-3] for name in lab.sft().weights}) == 7
+    def layers(run: Run) -> set[str]:
+        return {name.split(".")[-3] for name in run.weights if "lora_" in name}
+
+    assert layers(lab.sft(target_modules="q_proj,down_proj")) == {"q_proj", "down_proj"}
+    assert len(layers(lab.sft())) == 7
 
 
 @probe("train", "modules_to_save")
@@ -179,7 +183,7 @@ def use_dora(lab: Lab) -> None:
 @probe("train", "peft_path")
 def peft_path(lab: Lab) -> None:
     run = lab.sft(peft_path=lab.adapter)
-    assert run.logged("loss")[0] < lab.sft().logged("loss")[0] - 0.1
+    assert abs(run.logged(lab.measure)[0] - lab.sft().logged(lab.measure)[0]) > 0.03
     assert run.read("run.json")["parents"]["adapter"]["name"] == str(lab.adapter)
 
 

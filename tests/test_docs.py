@@ -14,11 +14,13 @@ import pytest
 from conftest import ROOT
 from posttrain import cli, config, hf_flags
 from posttrain.data.formats import FORMATS, detect, parse
+from posttrain.types import Pair
 
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 NOT_OURS = {"tool-call-parser", "nproc_per_node"}  # flags of vllm and torchrun that the guides show
 TABLES = "## Renamed and refused flags"  # the last section of docs/training.md
+LOSSES = config.options_of(cli.COMMANDS["dpo"].groups, True)["loss_type"].choices
 WORDS_OF_EVERY_COMMAND = {"config", "help", "all"}
 
 
@@ -88,17 +90,38 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-def test_example_rows_are_of_their_format() -> None:
-    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    table = re.findall(r"^\| (`(\w+)`|… [\w ]+) \| `(\{.*?\})`", text, re.M)
-    name, seen = "", set()
-    for _, named, example in table:
+def example_rows(page: str) -> list[tuple[str, dict[str, object]]]:
+    """(format, row) of the table of formats in a guide; "…" goes on with the format above."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    rows, name = [], ""
+    for named, example in re.findall(r"^\| (?:`(\w+)`|… [\w ]+) \| `(\{.*?\})`", text, re.M):
         name = named or name
-        row = json.loads(example)
+        rows.append((name, json.loads(example)))
+    return rows
+
+
+def test_example_rows_are_of_their_format() -> None:
+    rows = example_rows("data.md")
+    for name, row in rows:
         assert detect(row) == name
         parse(row, "docs/data.md:1")
-        seen.add(name)
-    assert seen == set(FORMATS)
+    assert {name for name, _ in rows} == set(FORMATS)
+
+
+def test_example_pairs_are_pairs() -> None:
+    rows = example_rows("preferences.md")
+    assert [name for name, _ in rows] == ["sharegpt", "sharegpt", "openai", "qa", "qa", "hh", "hh"]
+    for name, row in rows:
+        assert detect(row) == name
+        pair = parse(row, "docs/preferences.md:1", "pair")
+        assert isinstance(pair, Pair)
+        assert pair.prompt[-1].role == "user"
+
+
+def test_the_guide_names_every_loss() -> None:
+    text = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    table = text.partition("| `--loss_type` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.M) == [*LOSSES]
 
 
 def flag_tables() -> str:

@@ -21,6 +21,7 @@ import flag_probes_commands  # noqa: F401
 import flag_probes_context  # noqa: F401
 import flag_probes_data  # noqa: F401
 import flag_probes_outside  # noqa: F401
+import flag_probes_preferences  # noqa: F401
 import flag_probes_quantized  # noqa: F401
 import flag_probes_run  # noqa: F401
 import flag_probes_schedule  # noqa: F401
@@ -101,6 +102,31 @@ def test_flag_has_an_effect(of: str, flag: str, lab: Lab) -> None:
 def test_probe_notices_a_flag_without_effect(of: str, flag: str, lab: Lab) -> None:
     with pytest.raises(WRONG):
         PROBES[of, flag](lab.muted(flag))
+
+
+# The probes of training train an SFT adapter; here the same ones train on pairs. Those of long rows and noise need documents;
+# pairs have tests of their own in tests/commands/test_context_flags.py.
+LONG = {"rope_scaling", "rope_factor", "neft_alpha", "shift_attn", "shift_group_tokens"}
+SHARED = {f.name for group in cli.COMMANDS["sft"].groups for f in dataclasses.fields(group)} - LONG
+IN_PAIR_STAGES = [
+    pytest.param(stage, f.name, id=f"{stage}-{f.name}")
+    for stage in ("rm", "dpo")
+    for group in cli.COMMANDS[stage].groups
+    for f in dataclasses.fields(group)
+    if f.name in SHARED
+]
+
+
+@pytest.fixture(scope="module")
+def pair_labs(lab: Lab) -> dict[str, Lab]:
+    return {stage: lab.of(stage) for stage in ("rm", "dpo")}
+
+
+@pytest.mark.parametrize(("stage", "flag"), IN_PAIR_STAGES)
+def test_shared_flag_has_its_effect_on_pairs(stage: str, flag: str, pair_labs: dict[str, Lab]) -> None:
+    pair_labs[stage].used.clear()
+    PROBES["train", flag](pair_labs[stage])
+    assert stage in pair_labs[stage].used, "the probe runs another stage"
 
 
 def test_every_own_flag_has_a_probe() -> None:

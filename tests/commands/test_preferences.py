@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from conftest import ROOT
 from posttrain.cli import main
 from preference_runs import WEIGHTS, digest, lines, logged, pairs, run, tiny_mixtral, weights, words, write, young_garbage
 
@@ -57,6 +58,12 @@ def logprobs(model: Any, tokenizer: Any, answer: str) -> list[Tensor]:
     return found
 
 
+def in_the_guide(logged: dict[str, Any]) -> bool:
+    """Whether docs/preferences.md explains every figure of an evaluation."""
+    guide = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    return all(f"`{name.removeprefix('eval_')}`" in guide for name in logged if name.startswith("eval_"))
+
+
 # --- what a run says, against plain transformers --------------------------------------------------------------------------
 
 
@@ -84,6 +91,7 @@ def test_reward_model_figures(use_peft: bool, data: dict[str, Any], tmp_path: Pa
     got = lines(out)[-1]
     assert {f"eval_{name}" for name in expected} | {"eval_accuracy_chosen_shorter", "step", "epoch"} == got.keys()
     assert {name: got[f"eval_{name}"] for name in expected} == pytest.approx(expected, abs=2e-6)
+    assert in_the_guide(got)
     assert (out / "eval_results.txt").read_text().count("eval_calibration_error = ") == 1
 
 
@@ -110,6 +118,7 @@ def test_dpo_figures(data: dict[str, Any], tmp_path: Path, tokenizer: Any) -> No
     assert {f"eval_{name}" for name in expected} | {"step", "epoch"} == got.keys()
     assert {name: got[f"eval_{name}"] for name in expected} == pytest.approx(expected, abs=2e-5)
     assert abs(expected["reward_margin"]) > 0.05
+    assert in_the_guide(got)
 
 
 @pytest.mark.parametrize(
