@@ -34,9 +34,7 @@ class Tabular(nn.Module):
         state_N = input_ids.flatten()[predict_N]
         log_NV = (self.logits_SV[state_N] / temperature).log_softmax(-1)
         entropy_N = -(log_NV.exp() * log_NV).sum(-1)
-        return Output(
-            log_NV.gather(1, targets_N[:, None]).squeeze(1), entropy_N if entropy else None, self.values_S[state_N]
-        )
+        return Output(log_NV.gather(1, targets_N[:, None]).squeeze(1), entropy_N if entropy else None, self.values_S[state_N])
 
 
 def sequence_ids(lengths: Sequence[int]) -> Tensor:
