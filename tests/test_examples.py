@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from demo import follows_style, results
 from report import write_page
 
@@ -40,6 +41,48 @@ def test_held_out_questions_are_new() -> None:
     for chat in chats("heldout/heldout.jsonl"):
         question = chat[0]["value"].lower()
         assert not difflib.get_close_matches(question, asked, n=1, cutoff=0.8), question
+
+
+def pairs(*names: str) -> list[tuple[str, str, str]]:
+    """(question, chosen, rejected) of files of pairs with one question each."""
+    found = []
+    for name in names:
+        for line in (EXAMPLES / name).read_text().splitlines():
+            row = json.loads(line)
+            assert row.keys() == {"conversations", "chosen", "rejected"}
+            (asked,) = row["conversations"]
+            found.append((asked["value"], row["chosen"], row["rejected"]))
+    return found
+
+
+PAIR_FILES = {"train": ("pairs/train_a.jsonl", "pairs/train_b.jsonl"), "held out": ("heldout_pairs/heldout_pairs.jsonl",)}
+
+
+def test_pairs_are_of_the_questions_that_sft_has() -> None:
+    """Chosen answers are SFT's own, so training pairs hold nothing of the held-out questions, which are far from SFT's."""
+    for which, files in (("train", ("sft/train_a.jsonl", "sft/train_b.jsonl")), ("held out", ("heldout/heldout.jsonl",))):
+        answered = {(chat[0]["value"], chat[1]["value"]) for chat in chats(*files)}
+        found = pairs(*PAIR_FILES[which])
+        assert len({question for question, _, _ in found}) == len(found), "a question comes twice"
+        assert {(question, chosen) for question, chosen, _ in found} <= answered
+    assert len(pairs(*PAIR_FILES["train"])) >= 200
+    assert len(pairs(*PAIR_FILES["held out"])) == 40
+
+
+@pytest.mark.parametrize("which", PAIR_FILES)
+def test_what_tells_a_pair_apart(which: str) -> None:
+    """Mostly the house style, but neither a pattern alone nor the length."""
+    found = pairs(*PAIR_FILES[which])
+    assert all(follows_style(chosen) for _, chosen, _ in found)
+    broken = sum(not follows_style(rejected) for _, _, rejected in found) / len(found)
+    assert 0.8 <= broken < 1
+    for length in (len, lambda text: len(text.split())):
+        longer = sum(length(rejected) > length(chosen) for _, chosen, rejected in found) / len(found)
+        assert 0.4 <= longer <= 0.6
+        ratios = sorted(length(rejected) / length(chosen) for _, chosen, rejected in found)
+        assert 0.9 < ratios[len(ratios) // 2] < 1.1
+        assert 0.5 < ratios[0] < ratios[-1] < 2
+    assert all(rejected.strip() and rejected != chosen for _, chosen, rejected in found)
 
 
 def test_style_check_can_fail() -> None:
