@@ -176,6 +176,10 @@ def test_stream_writes_its_ledger(model_folder: Path, corpus: Path, tmp_path: Pa
         (["--train_file_dir", "{chats}", "--template_name", "vicuan"], "vicuna"),
         (["--train_file_dir", "{chats}", "--use_peft", "False", "--fp16", "True"], "--fp16"),
         (["--train_file_dir", "{chats}", "--load_best_model_at_end", "True"], "save and eval strategy"),
+        (
+            ["--train_file_dir", "{chats}", "--gradient_checkpointing_kwargs", '{{"reentrant": true}}'],
+            "--gradient_checkpointing_kwargs reentrant: expected one of use_reentrant",
+        ),
         (["--train_file_dir", "{bad}"], "bad.jsonl:2:"),
     ],
 )
@@ -189,6 +193,17 @@ def test_mistakes(
     assert said in line
     assert line.startswith("posttrain: ")
     assert not (tmp_path / "out" / "metrics.jsonl").exists(), "told before anything is trained"
+
+
+def test_the_keys_of_checkpointing_are_torchs() -> None:
+    import inspect
+
+    from torch.utils.checkpoint import checkpoint
+
+    from posttrain.training.resolve import CHECKPOINT_KEYS
+
+    named = {*inspect.signature(checkpoint).parameters} - {"function", "args", "kwargs", "context_fn"}
+    assert {*CHECKPOINT_KEYS} == named | {"preserve_rng_state"}  # which it takes out of its **kwargs
 
 
 def test_output_dir_that_holds_a_run(model_folder: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,7 @@ GPU_FORWARD_TOKENS = 16384
 
 
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_rank")
+CHECKPOINT_KEYS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")  # of torch's checkpoint()
 NEED_WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
 LOWER_IS_BETTER = ("loss", "nll_nats", "perplexity", "nll_chosen_nats", "calibration_error", "kl_nats")
 HELD_OUT_FLAGS = "--validation_file_dir or --validation_split_percentage"
@@ -191,6 +192,9 @@ def _check_library(config: Config, on_cpu: bool) -> None:
     for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs"):
         if isinstance(config[name], str):
             raise UserError(f"--{name} {config[name]!r}: expected a JSON object")
+    unknown = sorted({*map(str, config["gradient_checkpointing_kwargs"] or {})} - {*CHECKPOINT_KEYS})
+    if unknown:
+        raise UserError(f"--gradient_checkpointing_kwargs {unknown[0]}: expected one of {', '.join(CHECKPOINT_KEYS)}")
     for name in ("log_level", "log_level_replica"):
         if config[name] not in trainer_log_levels:
             raise UserError(f"--{name} {config[name]}: expected one of {', '.join(trainer_log_levels)}")
