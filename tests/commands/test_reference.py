@@ -125,6 +125,15 @@ def test_an_adapter_to_start_from_is_the_reference(data: dict[str, Any], adapter
     assert parents["adapter"]["name"] == str(adapter)
 
 
+def test_the_reference_has_no_dropout(data: dict[str, Any], tmp_path: Path) -> None:
+    """An adapter brings its dropout along; a new one is zero at first and could not show it."""
+    adapter = run("dpo", tmp_path / "first", **data, lora_dropout=0.5, learning_rate=0.1)
+    held_out = {"validation_file_dir": data["train_file_dir"], "eval_strategy": "steps", "eval_on_start": True}
+    out = run("dpo", tmp_path / "second", **data, **held_out, peft_path=adapter)
+    assert logged(out, "eval_loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(logged(out, "loss")[0] - math.log(2)) > 1e-4  # in training there is dropout
+
+
 @pytest.mark.parametrize("loss_type", ["simpo", "orpo"])
 def test_no_reference_where_none_is_needed(
     loss_type: str, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
