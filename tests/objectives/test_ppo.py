@@ -155,7 +155,7 @@ def test_total_is_the_sum_of_its_terms() -> None:
     s = dataclasses.replace(EVERYTHING, temperature=1.0)
     loss = PpoLoss(s)(model, batch)
     sums = {name: float(total) for name, (total, _) in loss.metrics.items()}
-    expected = sums["policy_loss"] + s.vf_coef * sums["value_loss"] - s.entropy_coef * sums["entropy_nats"]
+    expected = sums["policy_loss"] + s.vf_coef * sums["value_loss"] - s.entropy_coef * sums["loss_entropy_nats"]
     assert float(loss.total.detach()) == pytest.approx(expected + s.kl_loss_coef * sums["kl_loss_nats"])
     assert {float(count) for _, count in loss.metrics.values()} == {8.0}
     assert int(PpoLoss(s).weight(batch)) == 8
@@ -185,7 +185,7 @@ def test_each_number_reaches_its_term() -> None:
 def test_an_entropy_bonus_raises_entropy_and_a_kl_term_pulls_to_the_reference() -> None:
     model, batch = Tabular(), rollout([6], noise=0.0)
     batch.extras["advantages_N"].zero_()
-    rise = descend(model, batch, PpoSettings(vf_coef=0.0, entropy_coef=0.1), "entropy_nats")
+    rise = descend(model, batch, PpoSettings(vf_coef=0.0, entropy_coef=0.1), "loss_entropy_nats")
     assert rise > 0
     batch = rollout([6], noise=0.5)
     batch.extras["advantages_N"].zero_()

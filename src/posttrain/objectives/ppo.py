@@ -123,7 +123,7 @@ class PpoLoss:
             "approx_kl_nats": kl_estimate(old_logprobs_N, logprobs_N.detach(), "k3"),
         }
         if s.entropy_coef:
-            measured_N["entropy_nats"] = output.entropy_N
+            measured_N["loss_entropy_nats"] = output.entropy_N
             total = total - s.entropy_coef * output.entropy_N.sum()
         if s.kl_loss_coef:
             divergence_N = kl_estimate(logprobs_N, extras["reference_N"], "k3")
