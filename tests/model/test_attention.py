@@ -311,14 +311,14 @@ def test_the_kernel_of_the_installed_torch_takes_our_call(monkeypatch) -> None:
     recorded.__signature__ = signature
     monkeypatch.setattr(varlen, "varlen_attn", recorded)
     query, key = torch.randn(1, 4, 6, 8, dtype=torch.bfloat16), torch.randn(1, 2, 6, 8, dtype=torch.bfloat16)
-    attend = kernels._varlen_function(query, key, key)
+    attend = kernels._varlen_function(query, key, key, None)
     assert attend is not None
     table = SegmentTable((Segment(0, 4), Segment(4, 6)))
     attend_varlen(attend, query, key, key, gather(table, torch.device("cpu")), 0.3, 5)
     assert calls[0]["window_size"] == (4, 0)
     assert calls[0]["scale"] == 0.3
     assert calls[0].get("enable_gqa", True)
-    assert kernels._varlen_function(query.float(), key, key) is None  # the kernel takes half precision only
+    assert kernels._varlen_function(query.float(), key, key, None) is None  # the kernel takes half precision only
 
 
 def test_windows_and_chunks() -> None:
