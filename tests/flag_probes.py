@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from flag_probes_models import coded_model, other_model, reward_adapter
 from posttrain.cli import main
 from posttrain.model import embedded
+from posttrain.objectives.ppo import PpoLoss
 from posttrain.training.trainer import ObjectiveTrainer
 from posttrain.types import PackedBatch, UserError
 
@@ -36,6 +37,11 @@ PROBES: dict[tuple[str, str], Probe] = {}
 TRAIN: dict[str, Any] = {
     "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_strategy": "no",
     "bf16": False, "report_to": "none",
+}  # fmt: skip
+
+PPO: dict[str, Any] = {
+    "max_steps": 2, "learning_rate": 1e-2, "rollout_batch_size": 8, "mini_batch_size": 4, "max_target_length": 6, "bf16": False,
+    "temperature": 0.2, "report_to": "none", "reward_func": f"{Path(__file__).with_name('ppo_rewards.py')}:vowels",
 }  # fmt: skip
 
 
@@ -103,11 +109,12 @@ class Run:
 
 
 class Lab:
-    """Runs commands on tiny inputs. `sft`, `pt`, `rm` and `dpo` remember what they ran; `run` and `fails` do not."""
+    """Runs commands on tiny inputs. `sft`, `pt`, `rm`, `dpo` and `ppo` remember what they ran; `run` and `fails` do not."""
 
     def __init__(self, root: Path, model: Path):
         self.root, self.model = root, model
         self.remembered: dict[str, Run] = {}
+        self.unmuted: dict[str, Run] = {}  # of a muted lab: runs without the flag, which are the same in both
         self.mute: str | None = None
         self.stage = "sft"  # what `sft` runs
         self.used: set[str] = set()  # commands that were run or remembered
@@ -133,7 +140,7 @@ class Lab:
         """A lab in which a flag has no effect: it always has the value that a short run gives it."""
         _ = self.adapter, self.merged, self.prompts, self.pipeline, self.other_model, self.coded_model  # made with all flags
         lab = copy.copy(self)
-        lab.mute, lab.remembered, lab.root = flag, {}, self.path("muted")
+        lab.mute, lab.remembered, lab.unmuted, lab.root = flag, {}, self.remembered, self.path("muted")
         lab.root.mkdir()
         return lab
 
@@ -152,8 +159,8 @@ class Lab:
 
     @property
     def measure(self) -> str:
-        """A metric that depends on the model at the first step too: the loss, but for dpo, whose first loss is always ln 2."""
-        return "nll_chosen_nats" if self.stage == "dpo" else "loss"
+        """A metric that depends on the model at the first step too: the loss, but for dpo, whose first loss is always ln 2, and ppo."""
+        return {"dpo": "nll_chosen_nats", "ppo": "entropy_nats"}.get(self.stage, "loss")
 
     def path(self, name: str = "out") -> Path:
         """A name that is not taken yet, in the lab's folder."""
@@ -172,6 +179,8 @@ class Lab:
             kept = self.chats if command == self.stage else self.pairs
             data = self.corpus if command == "pt" else kept
             return {"model_name_or_path": self.model, "train_file_dir": data, "output_dir": self.path(), **TRAIN}
+        if command == "ppo":
+            return {"model_name_or_path": self.model, "train_file_dir": self.chats, "output_dir": self.path(), **PPO}
         if command == "show":
             return {"model_name_or_path": self.model, "train_file_dir": self.chats, "output_format": "jsonl", "rows": -1}
         if command == "convert":
@@ -203,14 +212,19 @@ class Lab:
         for name, value in flags.items():
             argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
         out, err, batches = io.StringIO(), io.StringIO(), []
-        compute_loss = ObjectiveTrainer.compute_loss
+        compute_loss, ppo_loss = ObjectiveTrainer.compute_loss, PpoLoss.__call__
 
         def recording(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             batches.append(inputs)
             return compute_loss(trainer, model, inputs, *args, **kwargs)
 
+        def recording_ppo(objective: PpoLoss, model: Any, inputs: PackedBatch) -> Any:
+            batches.append(inputs)
+            return ppo_loss(objective, model, inputs)
+
         with pytest.MonkeyPatch.context() as patch, untouched(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.setattr(ObjectiveTrainer, "compute_loss", recording)
+            patch.setattr(PpoLoss, "__call__", recording_ppo)
             patch.setattr(sys, "stdin", io.StringIO(stdin))
             patch.setattr(embedded, "_download", no_download)
             code = main(argv)
@@ -239,12 +253,25 @@ class Lab:
         """A successful run of dpo on pairs, remembered by its flags."""
         return self._remembered("dpo", flags)
 
+    def ppo(self, **flags: Any) -> Run:
+        """A successful run of ppo on the questions of the chats, remembered by its flags."""
+        return self._remembered("ppo", flags)
+
+    def on_ppo(self) -> Lab:
+        """A lab in which ppo stands in the place of sft."""
+        lab = copy.copy(self)
+        lab.stage, lab.root, lab.used = "ppo", self.path("ppo"), set()
+        lab.root.mkdir()
+        return lab
+
     def _remembered(self, command: str, flags: Mapping[str, Any]) -> Run:
-        self.used.add(self.stage if command == "sft" else command)
+        command = self.stage if command == "sft" else command
+        self.used.add(command)
         key = repr((command, sorted(flags.items(), key=str)))
-        if key not in self.remembered:
-            self.remembered[key] = self.good(command, **flags)
-        return self.remembered[key]
+        known = self.remembered if self.mute is None or self.mute in flags else self.unmuted
+        if key not in known:
+            known[key] = self.good(command, **flags)
+        return known[key]
 
     def fails(self, command: str, **flags: Any) -> str:
         """The line that a run ends with which must be refused."""
