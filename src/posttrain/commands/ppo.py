@@ -32,6 +32,7 @@ from posttrain.training import artifacts
 from posttrain.training.audit import Audit
 from posttrain.training.engines import RolloutEngine, TorchEngine, VllmEngine
 from posttrain.training.episodes import Episode
+from posttrain.training.job import leave_at_exit
 from posttrain.training.ppo import Loop, Plan, train
 from posttrain.training.ppo_rollout import RewardShape
 from posttrain.training.ppo_state import load_checkpoint, save_policy, save_value
@@ -60,6 +61,7 @@ def run(config: Config) -> None:
         cpu=config["use_cpu"], mixed_precision="bf16" if config["bf16"] else "no", log_with=_trackers(config),
         project_dir=config["logging_dir"],
     )  # fmt: skip
+    leave_at_exit()
     if accelerator.is_main_process:
         named = {f"--{name}": config[name] for name in SOURCES}
         artifacts.open_run_folder(folder, config["overwrite_output_dir"], bool(config["resume_from_checkpoint"]), named)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import json
 import os
@@ -10,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from torch import distributed
 from transformers import TrainingArguments, set_seed
 
 from posttrain.commands import rows
@@ -35,6 +33,7 @@ from posttrain.training import artifacts
 from posttrain.training.audit import GradientAudit
 from posttrain.training.batches import Groups
 from posttrain.training.callbacks import MetricsFile, Progress
+from posttrain.training.job import leave_at_exit
 from posttrain.training.reference import ReferencePass
 from posttrain.training.resolve import HELD_OUT_FLAGS, check_steps, resolve, training_arguments
 from posttrain.training.resolve_context import row_tokens
@@ -52,7 +51,7 @@ def run(config: Config) -> None:
     folder = Path(config["output_dir"])
     checkpoint = artifacts.find_checkpoint(folder, config["resume_from_checkpoint"])
     args = training_arguments(config)
-    atexit.register(leave_job)
+    leave_at_exit()
     if args.process_index == 0:
         sources = {f"--{name}": config[name] for name in SOURCES}
         artifacts.open_run_folder(folder, config["overwrite_output_dir"], bool(config["resume_from_checkpoint"]), sources)
@@ -76,12 +75,6 @@ def run(config: Config) -> None:
     if args.process_index == 0 and isinstance(train, RowStream):
         write_ledger(folder, train, held_out)  # it grew while the stream was read
     say(f"run folder: {folder}")
-
-
-def leave_job() -> None:
-    """Close the connection to the other processes: left open until the interpreter is gone, its threads may abort a finished run."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def prepare(config: Config, args: TrainingArguments, tokenizer: Any) -> tuple[Any, LoadedRows | None]:
