@@ -49,7 +49,7 @@ def answers(model: str, name: str, out: Path) -> list[dict]:
     heldout = str(HERE / "heldout")
     posttrain(
         "generate", "--base_model", model, "--data_file", f"{heldout}/heldout.jsonl", "--output_file", str(file),
-        "--max_new_tokens", "160", "--temperature", "0", "--batch_size", "20",
+        "--max_new_tokens", "128", "--temperature", "0", "--batch_size", "20",
     )  # fmt: skip
     return read_lines(file)
 
