@@ -14,6 +14,7 @@ from conftest import tiny_llama
 from posttrain.commands.merge import merge
 from posttrain.model import merge as merge_module
 from posttrain.model.certificate import PROMPTS, kl_nats
+from posttrain.model.merge_plan import Stream
 
 
 def test_kl_against_its_definition() -> None:
@@ -22,8 +23,14 @@ def test_kl_against_its_definition() -> None:
     torch.testing.assert_close(kl_nats(p.log() + 3, q.log() - 1), torch.tensor([0.25]).double() * torch.log(torch.tensor(2.0)))
 
 
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merge the whole model at once."""
+    monkeypatch.setattr(merge_module, "open_stream", lambda *_: "of this test")
+
+
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Let the arithmetic go wrong after peft's own merge."""
+    in_memory(monkeypatch)
     original = merge_module._merge
 
     def wrong(adapted: Any, adapter: str) -> Any:
@@ -65,6 +72,7 @@ def test_a_folder_that_does_not_hold_what_was_computed_fails(
 
     base = save_base(tmp_path / "base", tokenizer)
     adapter = save_adapter(base, tmp_path / "adapter")
+    in_memory(monkeypatch)
     save = LlamaForCausalLM.save_pretrained
 
     def lossy(self: Any, folder: Any, **options: Any) -> None:
@@ -75,6 +83,33 @@ def test_a_folder_that_does_not_hold_what_was_computed_fails(
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lossy)
     with pytest.raises(RuntimeError, match="FAILED"):
         merge(base, adapter, str(tmp_path / "merged"))
+
+
+STREAM_FAULTS = {
+    "one layer forgotten": lambda path, right: 0 * right if path == "model.layers.1.mlp.down_proj" else right,
+    "one matrix 5 % too large": lambda path, right: 1.05 * right if path == "model.layers.0.mlp.up_proj" else right,
+    "another scale": lambda path, right: 1.02 * right,
+}
+
+
+@pytest.mark.parametrize("fault", STREAM_FAULTS)
+def test_a_wrong_sum_of_one_tensor_fails_loudly(
+    tmp_path: Path, tokenizer: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is in bfloat16, whose rounding would hide such a fault in the file."""
+    base = save_base(tmp_path / "base", tokenizer, torch.bfloat16)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    right = Stream.written
+
+    def wrong(self: Stream, name: str, dtype: torch.dtype) -> torch.Tensor:
+        path, base_weight = name.removesuffix(".weight"), self.read(name).float()
+        changed: torch.Tensor = base_weight + STREAM_FAULTS[fault](path, right(self, name, torch.float32) - base_weight)
+        return changed.to(dtype)
+
+    monkeypatch.setattr(Stream, "written", wrong)
+    with pytest.raises(RuntimeError, match=r"not base \+ adapter; nothing was written\nmerge certificate: FAILED"):
+        merge(base, adapter, str(tmp_path / "merged"))
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 
 def test_certificate_tells_how_much_of_a_weak_adapter_is_left(tmp_path: Path, tokenizer: Any) -> None:

@@ -20,6 +20,8 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from flag_probes_models import other_model
+from posttrain.commands.merge import merge
 from posttrain.model.adapter import Lora, attach_lora, base_fingerprint, load_adapter, trainable_summary
 from posttrain.model.attention import enable_segments
 from posttrain.model.fused import fuse
@@ -243,7 +245,7 @@ def test_the_score_head_stays_in_float32(model_folder: Path) -> None:
     assert torch.equal(score_head(model).weight, score_head(full).weight)
     assert score_head(model).weight.dtype == torch.float32
     assert bytes_by_dtype(model)["uint8"] > 0
-    assert base_fingerprint(model) is None
+    assert base_fingerprint(model) == base_fingerprint(full) is not None
 
 
 def test_an_adapter_of_a_4_bit_base_fits_the_full_one(model_folder: Path, tmp_path: Path) -> None:
@@ -254,6 +256,20 @@ def test_an_adapter_of_a_4_bit_base_fits_the_full_one(model_folder: Path, tmp_pa
         saved = {name: p for name, p in adapted.named_parameters() if ".lora_" in name}
         assert saved.keys() == {name for name, p in loaded.named_parameters() if p.requires_grad}
         assert all(torch.equal(p, saved[name]) for name, p in loaded.named_parameters() if name in saved)
+
+
+@pytest.mark.parametrize("how", ["4bit", "8bit"])
+def test_an_adapter_of_a_quantised_base_knows_it(model_folder: Path, tmp_path: Path, how: Any) -> None:
+    """By the full weights in the base's files: another base of the same shape is refused, quantised or not, by merge too."""
+    attach_lora(load_model(str(model_folder), "bfloat16", quantization=how), Lora()).save_pretrained(tmp_path / "adapter")
+    other = str(other_model(model_folder, tmp_path / "other"))
+    for quantization in (None, how):
+        load_adapter(load_model(str(model_folder), "bfloat16", quantization=quantization), str(tmp_path / "adapter"))
+        with pytest.raises(UserError, match="was trained on another base"):
+            load_adapter(load_model(other, "bfloat16", quantization=quantization), str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match="was trained on another base"):
+        merge(other, str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    merge(str(model_folder), str(tmp_path / "adapter"), str(tmp_path / "merged"))
 
 
 def test_modules_to_save_are_not_quantised(model_folder: Path) -> None:

@@ -24,6 +24,7 @@ from posttrain.model import lora_forward
 from posttrain.model.quantize import check_experts, check_trainable
 from posttrain.model.reward import HEAD, has_score_head, score_head
 from posttrain.model.rope import RopeScaling, rope_scaling
+from posttrain.model.shards import heads, stored_fingerprint, update_fingerprint
 from posttrain.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -160,26 +161,25 @@ def is_reward_adapter(settings: dict[str, Any]) -> bool:
 
 
 def base_fingerprint(model: PreTrainedModel) -> str | None:
-    """A hash of the base's names, shapes and 64 values of each weight; None where the weights are not at hand (quantised, sharded).
+    """A hash of the base's names, shapes and 64 values of each weight; None where the weights are not at hand (sharded).
 
     Values are hashed as bfloat16, so that a base read in float32 and in bfloat16 is the same base. Embedding and heads are left
-    out: a grown vocabulary does not make another base, and a causal model and the reward model made from it are one.
+    out: a grown vocabulary does not make another base, and a causal model and the reward model made from it are one. Of a quantised
+    model the full weights in its files are hashed.
     """
-    score = score_head(model) if has_score_head(model) else None
-    left_out = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings(), score) if m is not None}
     if getattr(model, "is_quantized", False):
-        return None
+        return stored_fingerprint(model)
+    score = score_head(model) if has_score_head(model) else None
+    left_out = heads(model) | ({id(score.weight)} if score is not None else set())
     digest = hashlib.sha256()
     # Adapters that are on the model already leave no trace: neither their own weights nor the level that peft adds to names.
     named = ((name.replace(".base_layer.", "."), p) for name, p in model.named_parameters() if ".lora_" not in name)
     for name, parameter in sorted(named, key=lambda pair: pair[0]):
         if id(parameter) in left_out:
             continue
-        flat = parameter.detach().reshape(-1)
-        if flat.numel() == 0 or flat.is_meta:
+        if parameter.numel() == 0 or parameter.is_meta:
             return None
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        update_fingerprint(digest, name, parameter)
     return digest.hexdigest()
 
 

@@ -103,12 +103,25 @@ def certify(
 
     `names`: base, adapter and the written type. `ids`: the texts' token ids, each (1, T). `references`: what it must equal.
     """
-    base, adapter, dtype = names
     again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
-    expected, actual = references.expected, logits(model, ids)
-    kl = kl_nats(expected, actual)
+    return compare(names, (tokenizer, again), references, logits(model, ids), has_tied_head(model))
+
+
+def has_tied_head(model: Any) -> bool:
+    """Whether output head and embedding are one tensor."""
     head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def compare(
+    names: tuple[str, str, str], tokenizers: tuple[Any, Any], references: References, actual: Tensor, tied_head: bool
+) -> Certificate:
+    """The certificate of what was read back: `actual` logits (tokens, V), and of `tokenizers` the second."""
+    base, adapter, dtype = names
+    tokenizer, again = tokenizers
+    expected = references.expected
+    kl = kl_nats(expected, actual)
     return Certificate(
         base=base,
         adapter=adapter,
@@ -122,7 +135,7 @@ def certify(
         max_kl_nats=kl.max().item(),
         argmax_agreement=(expected.argmax(-1) == actual.argmax(-1)).float().mean().item(),
         adapter_kl_nats=kl_nats(expected, references.base_alone).mean().item(),
-        tied_head=head is not None and head.weight is model.get_input_embeddings().weight,
+        tied_head=tied_head,
         tokenizer_equal=same_tokenizer(tokenizer, again),
         template_equal=tokenizer.chat_template == again.chat_template,
     )

@@ -1,6 +1,7 @@
 """Adapter + base → one plain model folder, with a certificate that it answers like the two together (certificate.py).
 
-The sum is computed in float32 and rounded once, to the type that is written.
+The sum is computed in float32 and rounded once, to the type that is written: tensor by tensor (merge_stream.py) where the adapter is a plain
+LoRA and the base's files have its parameters as they are, else with the whole model in memory.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -18,15 +20,21 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from posttrain.model.adapter import adapter_rope, is_reward_adapter, load_adapter, read_adapter_config
-from posttrain.model.certificate import PROMPTS, Certificate, References, certify, logits
+from posttrain.model.certificate import PROMPTS, Certificate, References, certify, compare, logits
 from posttrain.model.embedded import resolve_model
 from posttrain.model.load import DType, load_model, read_config, resize_embeddings
+from posttrain.model.merge_plan import Stream, open_stream
+from posttrain.model.merge_stream import padded, read_back, references, write_stream
 from posttrain.model.reward import has_score_head, load_reward_model, score_head, set_padding
+from posttrain.model.rope import scale_rope
 from posttrain.model.score_certificate import ScoreCertificate, certify_scores, token_scores
 from posttrain.types import UserError
+
+logger = logging.getLogger(__name__)
 
 CERTIFICATE = "merge_certificate.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -57,33 +65,72 @@ def merge_adapter(
     write = write or WriteOptions()
     check_output(output, base, adapter, write.overwrite)
     settings = read_adapter_config(adapter)
-    reward = is_reward_adapter(settings)
-    config = read_config(base, write.trust_remote_code, score_head=reward)
+    config = read_config(base, write.trust_remote_code, score_head=is_reward_adapter(settings))
     check_mergeable(base, config, settings, adapter)
     stored = str(config.dtype or torch.float32).removeprefix("torch.")
-    written = stored if dtype == "auto" else dtype
-    load = load_reward_model if reward else load_model
-    model = load(base, "float32", trust_remote_code=write.trust_remote_code, rope=adapter_rope(adapter))
-    _fit_vocabulary(model, tokenizer, adapter, resize_emb)
-    adapted = load_adapter(model, adapter, trainable=False).eval()
-    ids = [prompt_ids for prompt in PROMPTS if (prompt_ids := tokenizer(prompt, return_tensors="pt")["input_ids"]).numel()]
-    merged, references = _sum(adapted, adapter, ids)
-    _set_stops(merged, tokenizer, write.stop_token_ids)
+    names = (base, adapter, stored if dtype == "auto" else dtype)
+    if (rope := adapter_rope(adapter)) is not None:
+        scale_rope(config, rope)
+    stream = open_stream(base, adapter, settings, config, len(tokenizer))
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
-        _round(merged, getattr(torch, written)).save_pretrained(work, max_shard_size=write.max_shard_size)
-        tokenizer.save_pretrained(work)
-        del model, adapted, merged  # the reading back needs the memory
-        gc.collect()
-        certificate = (certify_scores if reward else certify)(
-            Path(work), (base, adapter, written), tokenizer, ids, references, write.trust_remote_code
-        )
+        if isinstance(stream, str):
+            logger.info("merge: the whole model is loaded, because %s", stream)
+            certificate = _merge_whole(Path(work), names, tokenizer, resize_emb, write)
+        else:
+            check_rows(stream.base_rows, tokenizer, adapter, resize_emb)
+            certificate = _merge_stream(Path(work), names, tokenizer, stream, write)
         if not certificate.ok:
             raise RuntimeError(f"the merged model is not base + adapter; nothing was written\n{certificate}")
         content = {**asdict(certificate), "adapter_kept": certificate.kept, "ok": certificate.ok}
         (Path(work) / CERTIFICATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _move(Path(work), output)
     return certificate
+
+
+Names = tuple[str, str, str]  # base, adapter and the type that is written
+
+
+def _merge_stream(work: Path, names: Names, tokenizer: Any, stream: Stream, write: WriteOptions) -> Certificate:
+    """Tensor by tensor; the certificate layer by layer, on the texts as one padded batch."""
+    batch = padded(prompt_ids(tokenizer), tokenizer.pad_token_id or 0)
+    found = references(stream, batch)
+    model = stream.model
+    model.config.tie_word_embeddings = stream.tied
+    if Path(stream.folder, GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(stream.folder)
+    _set_stops(model, tokenizer, write.stop_token_ids)
+    write_stream(stream, work, getattr(torch, names[2]), write.max_shard_size)
+    tokenizer.save_pretrained(work)
+    again = AutoTokenizer.from_pretrained(work)
+    actual, tied_head = read_back(work, batch)
+    return compare(names, (tokenizer, again), found, actual, tied_head)
+
+
+def _merge_whole(
+    work: Path, names: Names, tokenizer: Any, resize_emb: bool, write: WriteOptions
+) -> Certificate | ScoreCertificate:
+    """All in memory, in float32."""
+    base, adapter, written = names
+    reward = is_reward_adapter(read_adapter_config(adapter))
+    load = load_reward_model if reward else load_model
+    model = load(base, "float32", trust_remote_code=write.trust_remote_code, rope=adapter_rope(adapter))
+    check_rows(model.get_input_embeddings().weight.shape[0], tokenizer, adapter, resize_emb)
+    resize_embeddings(model, tokenizer)
+    adapted = load_adapter(model, adapter, trainable=False).eval()
+    ids = prompt_ids(tokenizer)
+    merged, found = _sum(adapted, adapter, ids)
+    _set_stops(merged, tokenizer, write.stop_token_ids)
+    _round(merged, getattr(torch, written)).save_pretrained(work, max_shard_size=write.max_shard_size)
+    tokenizer.save_pretrained(work)
+    del model, adapted, merged  # the reading back needs the memory
+    gc.collect()
+    return (certify_scores if reward else certify)(work, names, tokenizer, ids, found, write.trust_remote_code)
+
+
+def prompt_ids(tokenizer: Any) -> list[torch.Tensor]:
+    """Ids of the texts that certificates are made of, each (1, T)."""
+    return [ids for prompt in PROMPTS if (ids := tokenizer(prompt, return_tensors="pt")["input_ids"]).numel()]
 
 
 @dataclass(frozen=True)
@@ -126,16 +173,13 @@ def check_mergeable(base: str, config: Any, settings: dict[str, Any], adapter: s
         )
 
 
-def _fit_vocabulary(model: PreTrainedModel, tokenizer: Any, adapter: str, resize_emb: bool) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) <= rows:
-        return
-    if not resize_emb:
+def check_rows(rows: int, tokenizer: Any, adapter: str, resize_emb: bool) -> None:
+    """Raises UserError where the base has fewer rows than the tokenizer has ids, and may not get more."""
+    if len(tokenizer) > rows and not resize_emb:
         raise UserError(
             f"--lora_model {adapter}: was trained with a vocabulary of {len(tokenizer)} tokens, the base has {rows} rows;"
             " use --resize_emb True"
         )
-    resize_embeddings(model, tokenizer)
 
 
 def _sum(adapted: PeftModel, adapter: str, ids: list[torch.Tensor]) -> tuple[PreTrainedModel, References]:
