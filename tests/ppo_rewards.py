@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 
 def vowels(answers: Sequence[str]) -> list[float]:
@@ -16,8 +15,22 @@ def constant(answers: Sequence[str]) -> list[float]:
     return [0.5 for _ in answers]
 
 
-def asked_letter(prompts: Sequence[list[dict[str, Any]]], answers: Sequence[str]) -> list[float]:
-    """The share of letters that are the prompt's last letter."""
-    return [
-        answer.count(prompt[-1]["content"][-1]) / max(len(answer), 1) for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+def has_gold(answers: Sequence[str], gold: Sequence[str], **columns: Sequence[object]) -> list[float]:
+    """Whether the answer has the letter that its prompt's row calls gold; every row has another line number."""
+    assert len(set(columns["line"])) > 1
+    return [float(letter in answer) for answer, letter in zip(answers, gold, strict=True)]
+
+
+def raises(answers: Sequence[str]) -> list[float]:
+    """A mistake of the user's."""
+    return [float(answer[99]) for answer in answers]
+
+
+def short(answers: Sequence[str]) -> list[float]:
+    """A score too few."""
+    return [0.0] * (len(answers) - 1)
+
+
+def none_of(answers: Sequence[str]) -> list[float]:
+    """Not numbers."""
+    return [float("nan") for _ in answers]

@@ -13,6 +13,7 @@ This file imports no torch at run time, so that `posttrain --help` stays fast.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -82,6 +83,8 @@ class Prompt:
     messages: tuple[Message, ...]
     source: str
     tools: tuple[dict[str, Any], ...] = ()
+    # The raw row: columns beside the dialogue, for reward functions. No part of what the prompt is.
+    row: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,24 @@ def test_the_value_adapter_starts_from_the_reward_adapter(base: dict[str, Any], 
             torch.testing.assert_close(tensor, own, atol=1e-7, rtol=0)
 
 
+def test_a_function_sees_the_columns_of_the_row(base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": f"say {letter}", "gold": letter, "line": number} for number, letter in enumerate("abcdefgh", 1)]
+    asked = tmp_path / "gold.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {**base, "train_file_dir": asked, "reward_func": f"{REWARDS}:has_gold", "max_steps": 2}
+    for workers in (1, 2):
+        out = run(tmp_path / f"run-{workers}", **flags, preprocessing_num_workers=workers, overwrite_cache=True)
+        for sample in lines(out, "samples.jsonl"):
+            assert sample["score"] == (sample["prompt"][-1] in sample["answer"])
+        assert {sample["score"] for sample in lines(out, "samples.jsonl")} == {0.0, 1.0}
+    del rows[4]["gold"]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = fails(capsys, tmp_path / "lacking", **flags)
+    assert "gold.jsonl:5:gold: no such column, which --reward_func asks for; the row's columns: question, line" in line
+    run(tmp_path / "dropped", **flags, bad_rows="skip")
+    run(tmp_path / "other", **{**flags, "reward_func": f"{REWARDS}:vowels"})  # not from the rows that were prepared for another
+
+
 # --- modes ----------------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +367,12 @@ def test_half_precision(flags: dict[str, Any], base: dict[str, Any], tmp_path: P
         ({"gradient_checkpointing": True, "padding_free": False}, "--gradient_checkpointing True: needs packed rows"),
         ({"report_to": "wandb"}, "--report_to wandb: not known or not installed"),
         ({"max_steps": 0}, "--max_steps 0 trains nothing"),
+        (
+            {"reward_func": f"{REWARDS}:raises"},
+            "ppo_rewards.py:raises: raised IndexError: string index out of range (ppo_rewards.py:",
+        ),
+        ({"reward_func": f"{REWARDS}:short"}, "ppo_rewards.py:short: gave 7 scores for 8 answers"),
+        ({"reward_func": f"{REWARDS}:none_of"}, "ppo_rewards.py:none_of: gave nan for"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

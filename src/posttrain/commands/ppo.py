@@ -220,7 +220,7 @@ def answer(
         text = tokenizer.decode(said, skip_special_tokens=True)
         episodes.append(
             Episode(row["source"], json.loads(row["messages"]), json.loads(row["tools"]), ids[index // k], response.ids, text,
-                    response.stopped)
+                    response.stopped, json.loads(row["columns"]))
         )  # fmt: skip
     return episodes
 

@@ -14,8 +14,9 @@ from posttrain.data.sources import parse_weights
 from posttrain.data.stream import RowStream
 from posttrain.data.tokenize import EncodeChat, EncodeText, fingerprint
 from posttrain.data.tokenize_pairs import EncodePair
-from posttrain.training.episodes import EncodePrompt
+from posttrain.training.episodes import EncodePrompt, Wanted
 from posttrain.training.resolve_context import row_tokens
+from posttrain.training.reward_sources import wanted_columns
 from posttrain.types import Stage, UserError
 
 PAIR_STAGES = ("rm", "dpo")
@@ -24,16 +25,22 @@ PAIR_STAGES = ("rm", "dpo")
 def encoder(config: Config, stage: Stage, tokenizer: Any) -> Encode:
     """How an example of the stage becomes columns."""
     if stage == "ppo":
-        return EncodePrompt(tokenizer, config["max_source_length"])
+        return EncodePrompt(tokenizer, config["max_source_length"], _wanted(config))
     if stage in PAIR_STAGES:
         return EncodePair(tokenizer, config["max_source_length"], config["max_target_length"], keep_stop=stage == "rm")
     longest = row_tokens(config, stage)
     return EncodeText(tokenizer, longest) if stage == "pt" else EncodeChat(tokenizer, longest)
 
 
+def _wanted(config: Config) -> Wanted:
+    return wanted_columns(config["reward_func"]) if "reward_func" in config.values else Wanted()
+
+
 def _key(config: Config, stage: Stage, tokenizer: Any) -> str:
     """Changes whenever `encoder` would give other columns."""
     lengths = {name: config[name] for name in ("max_source_length", "max_target_length")} if stage not in ("pt", "sft") else {}
+    if stage == "ppo":
+        lengths["columns"] = _wanted(config).key()
     return fingerprint(tokenizer, longest=row_tokens(config, stage), stage=stage, **lengths)
 
 

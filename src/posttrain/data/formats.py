@@ -259,14 +259,14 @@ def _to_answered(row: Row, source: str, name: str) -> Chat:
 def _to_prompt(row: Row, source: str, name: str) -> Prompt:
     if has_answers(row):
         pair = _to_pair(row, source, name)
-        return Prompt(pair.prompt, source, pair.tools)
+        return Prompt(pair.prompt, source, pair.tools, row)
     turns = _dialogue(row, source, name, "prompt", "optional")
     field = turns[-1][0].split("[")[0]
     if turns[-1][1].role == "assistant":
         turns.pop()
     if not any(message.role == "user" for _, message in turns):
         fail(source, field, "no user turn: nothing to answer")
-    return Prompt(tuple(message for _, message in turns), source, read_tools(row, source))
+    return Prompt(tuple(message for _, message in turns), source, read_tools(row, source), row)
 
 
 def _to_pair(row: Row, source: str, name: str) -> Pair:

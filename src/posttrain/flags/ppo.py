@@ -105,7 +105,8 @@ class RewardSourceFlags:
     reward_func: str | None = flag(
         None,
         "Function that scores answers, module:function or path/to/file.py:function, or several a,b. It is called with the columns that"
-        " it names of prompts, answers, answer_ids, prompt_ids, tools, sources, stopped (**kwargs: all) and returns a number each.",
+        " it names of prompts, answers, answer_ids, prompt_ids, tools, sources, stopped and of the prompt's row, a gold answer say"
+        " (**kwargs: all), and returns a number each.",
     )
     reward_weights: str | None = flag(
         None, "Weights of several scores, in the order adapter, model, functions: 1.0,0.5. [default: 1 each]"

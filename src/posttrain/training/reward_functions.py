@@ -10,13 +10,14 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from posttrain.training.episodes import Episode
+from posttrain.training.episodes import Episode, Wanted
 from posttrain.training.rewards import checked_scores
 from posttrain.types import UserError
 
@@ -25,7 +26,8 @@ from posttrain.types import UserError
 class FunctionReward:
     """A function that is called with keyword columns, one entry per answer, and returns as many numbers.
 
-    It gets those columns that its parameters name, all of them with **kwargs: see `columns`. `spec` is what the user typed.
+    It gets those columns that its parameters name, all of them with **kwargs: see `columns`, and those of the prompts' rows.
+    `spec` is what the user typed.
     """
 
     name: str
@@ -33,9 +35,10 @@ class FunctionReward:
     function: Callable[..., Any]
 
     def __call__(self, episodes: Sequence[Episode]) -> list[float]:
-        """Raises UserError where it returns something else; its own exceptions pass, with a note of which function it was."""
+        """Raises UserError where it returns something else; what it raises itself is told with its place."""
         given = {name: column for name, column in columns(episodes).items() if name in accepted(self.function)}
-        with Noted(f"raised by --reward_func {self.spec}"):
+        given |= row_columns(self.function, episodes)
+        with Told(f"--reward_func {self.spec}:"):
             scores = self.function(**given)
         if hasattr(scores, "tolist"):  # a tensor or an array
             scores = scores.tolist()
@@ -69,10 +72,28 @@ def accepted(function: Callable[..., Any]) -> set[str]:
     return known if any(p.kind is p.VAR_KEYWORD for p in parameters) else known & named
 
 
+def wanted(function: Callable[..., Any]) -> Wanted:
+    """The columns of the prompts' rows that a function takes: those that its parameters name and an episode does not have."""
+    known = set(columns([]))
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in known]
+    needed = frozenset(p.name for p in named if p.default is p.empty)
+    optional = frozenset(p.name for p in named) - needed
+    return Wanted(needed, optional, any(p.kind is p.VAR_KEYWORD for p in parameters))
+
+
+def row_columns(function: Callable[..., Any], episodes: Sequence[Episode]) -> dict[str, list[Any]]:
+    """What a function gets of the prompts' rows; None for a row without one that others have."""
+    asked, known = wanted(function), set(columns([]))
+    names = dict.fromkeys(name for episode in episodes for name in episode.columns if name not in known)
+    taken = [name for name in names if asked.every or name in asked.needed | asked.optional]
+    return {name: [copy.deepcopy(episode.columns.get(name)) for episode in episodes] for name in taken}
+
+
 def load_function(spec: str) -> Callable[..., Any]:
     """The function that `module:function` or `file.py:function` names. Modules are also looked for in the current directory.
 
-    Raises UserError where it cannot be imported, is none, or asks for a column that does not exist.
+    Raises UserError where it cannot be imported, is none, or cannot be called with keywords.
     """
     place, _, name = spec.rpartition(":")
     file = Path(place).expanduser().resolve() if place.endswith(".py") else None
@@ -81,7 +102,7 @@ def load_function(spec: str) -> Callable[..., Any]:
     if file is not None and not file.is_file():
         raise UserError(f"--reward_func {spec}: no such file")
     try:
-        with Noted(f"raised while importing --reward_func {spec}"):
+        with Told(f"--reward_func {spec}: its module"):
             module = _module(place) if file is None else _file_module(file)
     except (ImportError, SyntaxError) as error:
         raise UserError(f"--reward_func {spec}: cannot be imported ({' '.join(str(error).split())})") from error
@@ -96,13 +117,14 @@ def load_function(spec: str) -> Callable[..., Any]:
 
 
 def _check_parameters(spec: str, function: Callable[..., Any]) -> None:
-    """Raises UserError for a parameter that must be given and that no column can be."""
-    takes = accepted(function)
+    """Raises UserError for a parameter that must be given and cannot be, by a keyword."""
     for p in inspect.signature(function).parameters.values():
-        needed = p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        if needed and (p.name not in takes or p.kind is p.POSITIONAL_ONLY):
+        if p.default is p.empty and p.kind is p.POSITIONAL_ONLY:
             known = ", ".join(columns([]))
-            raise UserError(f"--reward_func {spec}: asks for {p.name!r}; a function is called with keywords among {known}")
+            raise UserError(
+                f"--reward_func {spec}: takes {p.name!r} by position only; a function is called with keywords: {known}, and the"
+                " columns of the prompts' rows"
+            )
 
 
 def _module(name: str) -> ModuleType:
@@ -131,14 +153,17 @@ def _look_in(folder: Path) -> None:
     importlib.invalidate_caches()
 
 
-class Noted:
-    """Adds a line to whatever is raised inside, which keeps its type and traceback."""
+class Told:
+    """Whatever is raised inside becomes one line: what, and where in the code of the user's."""
 
-    def __init__(self, note: str):
-        self.note = note
+    def __init__(self, what: str):
+        self.what = what
 
     def __enter__(self) -> None: ...
 
-    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None) -> None:
-        if error is not None:
-            error.add_note(self.note)
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UserError | ImportError | SyntaxError):
+            frames = traceback.extract_tb(where)[1:]  # the first is our call
+            own = next((f for f in reversed(frames) if "site-packages" not in f.filename), None)
+            place = f" ({Path(own.filename).name}:{own.lineno})" if own else ""
+            raise UserError(f"{self.what} raised {type(error).__name__}: {' '.join(str(error).split())}{place}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import operator
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from posttrain.model.fused import fuse
 from posttrain.model.load import check_vocabulary, read_config, stores_score_head
 from posttrain.model.reward import install_scores, load_reward_model
 from posttrain.training.artifacts import RUN_FILE
+from posttrain.training.episodes import Wanted
 from posttrain.training.reward_foreign import (
     ForeignReward,
     load_classifier,
@@ -26,7 +29,7 @@ from posttrain.training.reward_foreign import (
     longest_input_tokens,
     padding_id,
 )
-from posttrain.training.reward_functions import FunctionReward, load_function
+from posttrain.training.reward_functions import FunctionReward, load_function, wanted
 from posttrain.training.rewards import RewardSource, TokenReward, Weighted
 from posttrain.training.token_scores import BIAS_FILE, Scorer, read_bias
 from posttrain.types import UserError
@@ -145,6 +148,11 @@ def check_lineage(adapter: str, model: PreTrainedModel, tokenizer: Any = None) -
                 f"--reward_adapter {adapter}: {difference}; train both with the same --template_name, or merge the adapter"
                 " (`posttrain merge`) and name the folder with --reward_model_name_or_path: it then reads the text"
             )
+
+
+def wanted_columns(comma_separated: str | None) -> Wanted:
+    """The columns of the prompts' rows that the functions ask for."""
+    return functools.reduce(operator.or_, (wanted(source.function) for source in _functions(comma_separated)), Wanted())
 
 
 def _functions(comma_separated: str | None) -> list[FunctionReward]:
