@@ -51,6 +51,32 @@ def sentencepiece_base(folder: Path) -> Path:
     return folder
 
 
+def unigram_base(folder: Path, byte_fallback: bool = True, words_apart: bool = False) -> Any:
+    """A Unigram tokenizer as SentencePiece trains it, over its fast form; `words_apart`: cut at spaces first, as XGLM's is."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder.mkdir(exist_ok=True)
+    text = folder / "text.txt"
+    text.write_text("\n".join(ENGLISH * 10), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "unigram"), model_type="unigram", vocab_size=340 if byte_fallback else 80,
+        byte_fallback=byte_fallback, character_coverage=1.0, minloglevel=2, num_threads=1, hard_vocab_limit=False,
+    )  # fmt: skip
+    trained = sentencepiece.SentencePieceProcessor(model_file=str(folder / "unigram.model"))
+    pieces = [(trained.id_to_piece(i), trained.get_score(i)) for i in range(trained.vocab_size())]
+    core = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=byte_fallback))
+    if words_apart:
+        core.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(strip)
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
+    made.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}"
+    return made
+
+
 def expanded(ids: list[int], growth: Any) -> list[int]:
     """Ids of the grown tokenizer with every new piece replaced by the old ids that it stands for."""
     parts = list(growth.pieces.values())

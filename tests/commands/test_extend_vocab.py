@@ -16,7 +16,7 @@ from conftest import tiny_llama
 from flag_probes_models import coded_model
 from posttrain.cli import main
 from posttrain.training.artifacts import content_hash
-from vocabularies import domain_lines, sentencepiece_base, sentencepiece_model
+from vocabularies import domain_lines, sentencepiece_base, sentencepiece_model, unigram_base
 
 TRAIN = ("--bf16", "False", "--logging_steps", "2", "--learning_rate", "1e-2", "--report_to", "none", "--lora_dropout", "0.1",
          "--per_device_train_batch_size", "4", "--block_size", "64", "--save_steps", "2")  # fmt: skip
@@ -31,14 +31,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, Path]:
-    """Byte-level with a tied head, SentencePiece's with an untied one."""
+    """Byte-level with a tied head, SentencePiece's BPE and Unigram with an untied one."""
     root = tmp_path_factory.mktemp("bases")
     tiny_llama(vocab=len(tokenizer)).save_pretrained(root / "tied")
     tokenizer.save_pretrained(root / "tied")
     untied = sentencepiece_base(root / "untied")
     rows = len(AutoTokenizer.from_pretrained(untied))
     tiny_llama(vocab=rows, tie_word_embeddings=False, bos_token_id=1, pad_token_id=0).save_pretrained(untied)
-    return {"tied": root / "tied", "untied": untied}
+    unigram = unigram_base(root / "unigram")
+    unigram.save_pretrained(root / "unigram")
+    tiny_llama(vocab=len(unigram), tie_word_embeddings=False, bos_token_id=1, pad_token_id=0).save_pretrained(root / "unigram")
+    return {"tied": root / "tied", "untied": untied, "unigram": root / "unigram"}
 
 
 def run(*argv: Any) -> None:
@@ -56,7 +59,7 @@ def extend(base: Path, corpus: Path, out: Path, *more: Any) -> None:
     run("extend-vocab", "--model_name_or_path", base, "--train_file_dir", corpus, "--vocab_size", 40, "--output_dir", out, *more)
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "unigram"])
 def test_the_written_folder(
     bases: dict[str, Path], corpus: Path, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,7 +98,9 @@ def test_the_written_folder(
     assert held["after"]["nats"] > 0
     per_character = [held[one]["tokens"] / held[one]["characters"] for one in ("before", "after")]
     assert f"tokens per character: {per_character[0]:.4f} -> {per_character[1]:.4f}" in said
-    assert f"40 new pieces reached by {vocabulary['merges']} merges" in said
+    reached = "chosen by their scores" if kind == "unigram" else f"reached by {vocabulary['merges']} merges"
+    assert f"40 new pieces {reached}" in said
+    assert (vocabulary["merges"] == 0) is (kind == "unigram")
     assert len(vocabulary["examples"]) == 10
     assert said.count(" -> 1)") == 10
 
@@ -104,7 +109,7 @@ def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "unigram"])
 def test_pt_on_it_saves_resumes_merges_and_reloads(bases: dict[str, Path], corpus: Path, kind: str, tmp_path: Path) -> None:
     grown = tmp_path / "grown"
     extend(bases[kind], corpus, grown, "--max_eval_samples", 0)

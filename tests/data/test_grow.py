@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from posttrain.data.grow import Growth, grow_by_corpus, grow_by_model
 from posttrain.data.pieces import SPACE, take_apart
 from posttrain.types import UserError
-from vocabularies import ENGLISH, domain_lines, expanded, sentencepiece_base, sentencepiece_model
+from vocabularies import ENGLISH, domain_lines, expanded, sentencepiece_base, sentencepiece_model, unigram_base
 
-KINDS = ["byte-level", "sentencepiece"]
+KINDS = ["byte-level", "sentencepiece", "unigram", "unigram-words"]
 ENGLISH_WORDS = st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=80)
 NEAR = ["browner foxes", "the dozing foxglove", "overthrown quickstep", "shaded lazybones", "throes", "jumper other thereover"]
 TEXTS = st.one_of(
@@ -37,7 +37,10 @@ TEXTS = st.one_of(
 @pytest.fixture(scope="module")
 def bases(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = sentencepiece_base(tmp_path_factory.mktemp("llama"))
-    return {"byte-level": tokenizer, "sentencepiece": AutoTokenizer.from_pretrained(folder)}
+    return {
+        "byte-level": tokenizer, "sentencepiece": AutoTokenizer.from_pretrained(folder), "unigram": unigram_base(folder),
+        "unigram-words": unigram_base(folder, words_apart=True),
+    }  # fmt: skip
 
 
 def growth_of(base: Any, texts: Iterable[str] = (), most: int = 60, min_frequency: int = 2) -> Growth:
@@ -117,7 +120,7 @@ def test_pieces_are_reached_and_whole(pairs: dict[str, Any], kind: str) -> None:
     # A piece that is no whole character is a step on the way to one: its parts begin another piece.
     for parts, text in zip(growth.pieces.values(), texts, strict=True):
         assert text is not None or any(o[: len(parts)] == parts for o in growth.pieces.values() if o != parts)
-    if kind == "sentencepiece":
+    if kind != "byte-level":
         assert None not in texts
     for new_id, name in enumerate(growth.pieces, growth.first_id):
         assert [token.id for token in new.model.tokenize(name)] == [new_id]
@@ -155,6 +158,42 @@ def test_a_piece_that_the_base_cannot_reach_stays_unreached() -> None:
     assert new.token_to_id("xy") == 3
     for text in ("xy", "xyz", "zxy", "zxyz"):
         assert expanded(ids(new, text), growth) == ids(core, text)
+
+
+def test_a_unigram_piece_is_worth_its_parts(pairs: dict[str, Any]) -> None:
+    """Scores written out: those of the parts, a character in bytes as an unknown one, 10 below the lowest."""
+    growth, _, new = pairs["unigram"]
+    state = json.loads(new.to_str())["model"]["vocab"]
+    old = dict(json.loads(growth.base.backend.to_str())["model"]["vocab"])
+    unknown = min(old.values()) - 10
+    scores = dict(state)
+    assert all(scores[name] == score for name, score in old.items())
+    assert scores["感染"] == pytest.approx(2 * unknown + 5e-6, abs=1e-9)  # six bytes, one id
+    mixed = next(name for name in growth.pieces if name.isdigit() or any(char in "复诊日" for char in name))
+    known = sum(old.get(char, unknown) for char in mixed)
+    assert scores[mixed] == pytest.approx(known + 1e-6 * (len(growth.pieces[mixed]) - 1), abs=1e-9)
+
+
+def test_a_unigram_base_without_bytes_is_grown_by_what_it_knows(tmp_path: Path) -> None:
+    base = unigram_base(tmp_path / "bare", byte_fallback=False)
+    growth = growth_of(base, ["the dozing foxglove rests 感染"] * 9)
+    new, names = grown(growth), set(growth.pieces)
+    assert any("ox" in name for name in names)
+    assert not [name for name in names if "感" in name or "染" in name]  # it has no ids for these to stand for
+    assert len(ids(new, "the dozing foxglove")) < 0.7 * len(ids(growth.base.backend, "the dozing foxglove"))
+    for text in (*ENGLISH, *NEAR, "the 感染 fox"):
+        assert expanded(ids(new, text), growth) == ids(growth.base.backend, text)
+
+
+def test_special_tokens_behind_a_unigram_vocabulary_keep_their_ids(tmp_path: Path) -> None:
+    base = unigram_base(tmp_path / "late")
+    base.add_special_tokens({"additional_special_tokens": ["<|late|>"]})
+    growth = growth_of(base)
+    new = grown(growth)
+    late = len(base) - 1
+    assert new.token_to_id("<|late|>") == late
+    assert growth.first_id == late + 1
+    assert ids(new, "感染<|late|>感染").count(late) == 1
 
 
 # --- against the definition -----------------------------------------------------------------------------------------------
@@ -248,10 +287,8 @@ def test_a_file_that_is_no_model(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_other_tokenizers_are_refused(tokenizer: Any) -> None:
     word_piece = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
-    for core, kind in ((word_piece, "WordPiece"), (unigram, "Unigram")):
-        with pytest.raises(UserError, match=f"^base: its tokenizer is a {kind} model; only BPE"):
-            take_apart(PreTrainedTokenizerFast(tokenizer_object=core), "base")
+    with pytest.raises(UserError, match=r"^base: its tokenizer is a WordPiece model; only BPE and SentencePiece's Unigram"):
+        take_apart(PreTrainedTokenizerFast(tokenizer_object=word_piece), "base")
     suffixed = Tokenizer(models.BPE({"a": 0, "b</w>": 1, "ab</w>": 2}, [("a", "b</w>")], end_of_word_suffix="</w>"))
     suffixed.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(UserError, match="marks the parts of words"):

@@ -1,4 +1,4 @@
-"""`posttrain extend-vocab`: a base model whose tokenizer has pieces of a domain, each reached by merges."""
+"""`posttrain extend-vocab`: a base model whose tokenizer has pieces of a domain."""
 
 from __future__ import annotations
 
@@ -181,8 +181,9 @@ def report(vocabulary: dict[str, Any], n_held_out: int, n_loss: int, before: Mea
     """The lines for the terminal."""
     (old, new), (old_rows, new_rows) = vocabulary["tokens"], vocabulary["embedding_rows"]
     gain = 1 - after.tokens_per_character / before.tokens_per_character
+    reached = f"reached by {vocabulary['merges']:,} merges" if vocabulary["merges"] else "chosen by their scores"
     lines = [
-        f"vocabulary: {old:,} -> {new:,} tokens, {vocabulary['pieces']:,} new pieces reached by {vocabulary['merges']:,} merges;"
+        f"vocabulary: {old:,} -> {new:,} tokens, {vocabulary['pieces']:,} new pieces {reached};"
         f" embedding rows {old_rows:,} -> {new_rows:,}",
         f"tokens per character: {before.tokens_per_character:.4f} -> {after.tokens_per_character:.4f} ({gain:.1%} fewer;"
         f" {n_held_out:,} held-out rows, {before.characters:,} characters)",

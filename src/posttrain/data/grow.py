@@ -1,8 +1,10 @@
-"""A vocabulary grows: a BPE is trained on a domain's corpus in the base's own ids and appended to the base's merges.
+"""A vocabulary grows: a BPE is trained on a domain's corpus in the base's own ids, and what it joins becomes new pieces.
 
-The base's merges rank before all new ones and never take a new piece, so every text is first cut as the base cuts it, and only
-then are its ids joined further: a text in which no new piece applies keeps its ids, and each new piece stands for a known run of
-old ids. BPE: Sennrich et al., arXiv 1508.07909.
+In a BPE base its merges are appended to the base's, which rank before all new ones and never take a new piece: every text is first
+cut as the base cuts it, and only then are its ids joined further. A Unigram base takes the cut whose scores have the largest sum: a new
+piece gets the sum of its parts, so that every cut with it is worth as much as the base's own, and a trace more for each id that it saves,
+so that of these the shortest wins. Either way a text in which no new piece applies keeps its ids, and each new piece stands for a known run of
+old ids. BPE: Sennrich et al., arXiv 1508.07909; Unigram: Kudo, arXiv 1804.10959.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from posttrain.types import UserError
 FIRST_HALF, SECOND_HALF, WHOLE = 0x10000, 0x28000, 0x40000
 LAST_CODE = 0x10FFFF
 REPEATS = 1000  # of a word in one line for the trainer
+# Of Unigram scores, which are log-probabilities of -3 to -20 and kept in double precision: less than any difference that was trained.
+SAVED_ID_SCORE = 1e-6
+UNKNOWN_PENALTY = 10.0  # below the lowest score: what `tokenizers` gives a character that no piece has
 
 
 @dataclass
@@ -37,24 +42,31 @@ class Growth:
     _ids: dict[str, int] = field(default_factory=dict)  # of all names that the base has, added tokens among them
 
     def __post_init__(self) -> None:
-        self._ids = {**self.base.state["model"]["vocab"], **{a["content"]: a["id"] for a in self.base.state["added_tokens"]}}
+        old = {name: token for token, name in self.base.names.items()}
+        self._ids = {**old, **{a["content"]: a["id"] for a in self.base.state["added_tokens"]}}
 
     @property
     def room(self) -> int:
         """How many more pieces may be added."""
         return self.most_pieces - len(self.pieces)
 
-    def join(self, left: str, right: str) -> str | None:
-        """The piece left + right, reached by a merge; None where the base has it already, by another way, or there is no room."""
+    def join(self, left: str, right: str, parts: tuple[int, ...] = ()) -> str | None:
+        """The piece left + right, reached by a merge; None where the base has it already, by another way, or there is no room.
+
+        `parts`: what it stands for, where left is no piece.
+        """
         joined = left + right
         if joined in self._ids or (joined not in self.pieces and not self.room):
             return None
-        self.pieces.setdefault(joined, self._parts(left) + self._parts(right))
-        self.ranks.setdefault((left, right), len(self.ranks))
+        self.pieces.setdefault(joined, parts or self._parts(left) + self._parts(right))
+        if not self.base.scores:
+            self.ranks.setdefault((left, right), len(self.ranks))
         return joined
 
     def chain(self, names: list[str]) -> str | None:
         """The piece of all names, joined from the left; None, and nothing added, where that cannot be."""
+        if self.base.scores:
+            return self.join("".join(names[:-1]), names[-1], tuple(part for name in names for part in self._parts(name)))
         steps = ["".join(names[: i + 1]) for i in range(1, len(names))]
         if any(step in self._ids for step in steps) or len({*steps} - self.pieces.keys()) > self.room:
             return None
@@ -95,10 +107,29 @@ class Growth:
     def tokenizer_state(self) -> dict[str, Any]:
         """The tokenizers JSON of the grown tokenizer."""
         state = copy.deepcopy(self.base.state)
+        if self.base.scores:
+            state["model"]["vocab"] = self._scored()
+            return state
         # Special tokens lie between the old pieces and the new ones. Named in the model too they keep their ids when it is read.
         state["model"]["vocab"] = {**self._ids, **{name: self.first_id + i for i, name in enumerate(self.pieces)}}
         state["model"]["merges"] += [list(pair) for pair in self.ranks]
         return state
+
+    def _scored(self) -> list[list[Any]]:
+        """The vocabulary of a grown Unigram model, [piece, score] by id. Special tokens behind the old pieces are named in it, too."""
+        names = {token: name for name, token in self._ids.items()}
+        if len(names) != self.first_id:
+            raise UserError("the vocabulary cannot be grown: its special tokens leave ids out")
+        lowest = min(self.base.scores)
+        scored = [[names[token], score] for token, score in enumerate(self.base.scores)]
+        scored += [[names[token], lowest] for token in range(len(scored), self.first_id)]
+        return scored + [[name, self._score(parts, lowest)] for name, parts in self.pieces.items()]
+
+    def _score(self, parts: tuple[int, ...], lowest: float) -> float:
+        """What the base gives for these ids; a character that it spells in bytes counts as unknown."""
+        spelt = b"".join(self.base.spelt[token] for token in parts if token in self.base.byte_ids).decode()
+        known = sum(self.base.scores[token] for token in parts if token not in self.base.byte_ids)
+        return known + len(spelt) * (lowest - UNKNOWN_PENALTY) + SAVED_ID_SCORE * (len(parts) - 1)
 
 
 def grow_by_corpus(growth: Growth, texts: Iterable[str], min_frequency: int) -> None:

@@ -1,4 +1,4 @@
-"""What the ids of a BPE tokenizer stand for, and words of them: for byte-level BPE and for BPE in SentencePiece's manner.
+"""What the ids of a tokenizer stand for, and words of them: for byte-level BPE, and SentencePiece's BPE and Unigram.
 
 A unit is the smallest run of ids that spells whole characters: mostly one id; several where the tokenizer has no piece for a
 character and spells its bytes. Units are what a grown vocabulary joins, so that no new piece begins or ends inside a character.
@@ -31,7 +31,10 @@ class Unit(NamedTuple):
 
 @dataclass
 class Pieces:
-    """A BPE tokenizer taken apart. `state` is its tokenizers JSON, `spelt` what each id of its model spells."""
+    """A tokenizer taken apart. `state` is its tokenizers JSON, `spelt` what each id of its model spells.
+
+    scores   of a Unigram model, log-probabilities by id; empty for BPE
+    """
 
     backend: Any
     state: dict[str, Any]
@@ -39,6 +42,7 @@ class Pieces:
     names: dict[int, str]
     spelt: dict[int, bytes]
     byte_ids: frozenset[int]  # SentencePiece's <0x..>
+    scores: list[float] = field(default_factory=list)
     _texts: dict[int, str | None] = field(default_factory=dict)
 
     def words(self, texts: Iterable[str]) -> Iterator[list[Unit]]:
@@ -121,29 +125,33 @@ class Pieces:
 
 
 def take_apart(tokenizer: Any, name: str) -> Pieces:
-    """The pieces of a tokenizer of transformers. Raises UserError for one whose vocabulary cannot be grown by merges."""
+    """The pieces of a tokenizer of transformers. Raises UserError for one whose vocabulary cannot be grown."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{name}: its tokenizer has no fast backend (a tokenizer.json or a form that can be made into one)")
     state = json.loads(backend.to_str())
     kind = state["model"].get("type")
-    if kind != "BPE":
-        raise UserError(
-            f"{name}: its tokenizer is a {kind} model; only BPE (byte-level, or SentencePiece's) can be grown by merges"
-        )
+    if kind not in ("BPE", "Unigram"):
+        raise UserError(f"{name}: its tokenizer is a {kind} model; only BPE and SentencePiece's Unigram can be grown")
     if state["model"].get("continuing_subword_prefix") or state["model"].get("end_of_word_suffix"):
         raise UserError(f"{name}: its tokenizer marks the parts of words, which pieces joined by merges do not")
-    names = {token: text for text, token in state["model"]["vocab"].items()}
+    scores: list[float] = []
+    if kind == "Unigram":
+        names = {token: text for token, (text, _) in enumerate(state["model"]["vocab"])}
+        scores = [score for _, score in state["model"]["vocab"]]
+        unknown = state["model"].get("unk_id")
+    else:
+        names = {token: text for text, token in state["model"]["vocab"].items()}
+        unknown = state["model"]["vocab"].get(state["model"].get("unk_token"))
     byte_level = any(_has_byte_level(state[part]) for part in ("pre_tokenizer", "decoder"))
     special = {added["id"] for added in state["added_tokens"]}
-    unknown = state["model"]["vocab"].get(state["model"].get("unk_token"))
     spelt = {}
     for token, text in names.items():
         data = _byte_level_bytes(text) if byte_level else _sentencepiece_bytes(text)
         if data and token not in special and token != unknown:
             spelt[token] = data
     byte_ids = frozenset(token for token, text in names.items() if not byte_level and BYTE.fullmatch(text))
-    return Pieces(backend, state, byte_level, names, spelt, byte_ids)
+    return Pieces(backend, state, byte_level, names, spelt, byte_ids, scores)
 
 
 def _has_byte_level(part: dict[str, Any] | None) -> bool:
