@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import string
 from pathlib import Path
 from typing import Any
 
 import torch
+from ppo_tiny import STOP, letter_tokenizer, save_speaker, write_prompts
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from conftest import CHATML
 from posttrain.cli import main
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
-LETTERS = [*string.ascii_lowercase, " ", "\n"]
-STOP = SPECIAL.index("<|im_end|>")
+__all__ = ["STOP", "letter_tokenizer", "save_speaker", "write_prompts"]
 REWARDS = Path(__file__).with_name("ppo_rewards.py")
 CLOCK = ("rollout_tokens_per_second", "update_tokens_per_second")
 
@@ -26,44 +22,6 @@ DEFAULTS: dict[str, Any] = {
     "bf16": False, "report_to": "none", "learning_rate": 1e-2, "rollout_batch_size": 8, "mini_batch_size": 4, "max_steps": 3,
     "max_source_length": 64, "max_target_length": 12, "reward_func": f"{REWARDS}:vowels",
 }  # fmt: skip
-
-
-def letter_tokenizer(**changes: Any) -> Any:
-    """One token a letter, ChatML's marks, and a template."""
-    from tokenizers import Tokenizer, decoders, models
-
-    core = Tokenizer(models.BPE({token: i for i, token in enumerate([*SPECIAL, *LETTERS])}, []))
-    core.decoder = decoders.Fuse()
-    core.add_special_tokens(SPECIAL)
-    settings = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "model_max_length": 512, **changes}
-    made = PreTrainedTokenizerFast(tokenizer_object=core, **settings)
-    made.chat_template = CHATML
-    return made
-
-
-def save_speaker(folder: Path, tokenizer: Any = None, scale: float = 1.0, **changes: Any) -> Path:
-    """A random llama of two layers over letters, with its tokenizer. `scale`: of its matrices; large ones make it say more likely things."""
-    tokenizer = tokenizer or letter_tokenizer()
-    settings: dict[str, Any] = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": None,
-        "eos_token_id": STOP, "pad_token_id": SPECIAL.index("<|pad|>"),
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(scale)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_prompts(file: Path, asked: list[str]) -> Path:
-    """Prompts of a user's turn each."""
-    file.write_text("".join(json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n" for text in asked))
-    return file
 
 
 def words(out: Path, **flags: Any) -> list[str]:
