@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoTokenizer
 
 from conftest import ROOT
 from flag_probes import untouched
@@ -15,6 +16,7 @@ from posttrain.commands.pipeline_file import read_pipeline
 from posttrain.commands.pipeline_steps import Step, build_steps
 from posttrain.training import artifacts
 from posttrain.types import UserError
+from vocabularies import domain_lines
 
 CHATS = [
     {"conversations": [{"from": "human", "value": f"what is {i}?"}, {"from": "gpt", "value": f"the fox {i} rests"}]}
@@ -165,6 +167,38 @@ def test_an_interrupted_stage_goes_on(
     assert shorts(in_this_process) == ["sft-merged --overwrite_output_dir"]
 
 
+def test_a_vocabulary_grows_before_the_first_stage(
+    pipeline: Path, tmp_path: Path, in_this_process: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then pt trains the new rows, and what is merged has them."""
+    (tmp_path / "domain.txt").write_text("\n".join(domain_lines()), encoding="utf-8")
+    grow = (
+        f"  - {{stage: extend-vocab, train_file_dir: {tmp_path}/domain.txt, vocab_size: 20}}\n"
+        "  - {stage: pt, modules_to_save: [embed_tokens, lm_head],"
+    )
+    text = pipeline.read_text().partition("  - {stage: sft")[0].replace("  - {stage: pt,", grow)
+    text = text.replace("  max_target_length: 8\n", "")
+    pipeline.write_text(text.replace("\nflags:", "\nlauncher: torchrun --nproc_per_node 2\nflags:"))
+    found = {step.name: step for step in build_steps(read_pipeline(str(pipeline)))}
+    assert list(found) == ["extend-vocab", "pt", "pt-merged"]
+    assert "torchrun" not in " ".join(command.command_line(found["extend-vocab"], ()))
+    pipeline.write_text(text)
+    assert main(["run", str(pipeline)]) == 0, capsys.readouterr().err
+    out = tmp_path / "out"
+    assert shorts(in_this_process) == ["extend-vocab", "pt", "pt-merged"]
+    rows = [AutoConfig.from_pretrained(out / name).vocab_size for name in ("extend-vocab", "pt-merged")]
+    assert rows == [len(AutoTokenizer.from_pretrained(out / "pt-merged"))] * 2
+    parents = json.loads((out / "pt" / "run.json").read_text())["parents"]
+    assert parents["base"]["hash"] == artifacts.content_hash(out / "extend-vocab")
+    assert main(["run", str(pipeline)]) == 0
+    assert shorts(in_this_process) == []
+    # An interrupted growth has no checkpoint; other text makes it, and what stands behind it, anew.
+    (tmp_path / "domain.txt").write_text("\n".join(domain_lines(40)), encoding="utf-8")
+    assert main(["run", str(pipeline)]) == 0
+    assert shorts(in_this_process) == [f"{name} --overwrite_output_dir" for name in found]
+    assert "extend-vocab: starts over, its rows have changed" in capsys.readouterr().err
+
+
 # --- what the steps are ---------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +278,11 @@ MISTAKES = [
     ("block_size: 32", "blok_size: 32", ":11:blok_size is unknown: did you mean --block_size?"),
     ("train_file_dir: {here}/text.txt", "train_file_dir: {here}/txt", ":11:train_file_dir {here}/txt: no such file or folder"),
     ("train_file_dir: {here}/text.txt, ", "", ":11: pt needs training data"),
-    ("stage: pt,", "stage: tp,", ":11:stage 'tp': expected one of pt, sft, rm, dpo, ppo"),
+    ("stage: pt,", "stage: tp,", ":11:stage 'tp': expected one of extend-vocab, pt, sft, rm, dpo, ppo"),
+    ("stage: pt, train_file_dir: {here}/text.txt, block_size: 32", "stage: extend-vocab, train_file_dir: {here}/text.txt, vocab_size: 0",
+     ":11: --vocab_size 0: expected how many pieces"),
+    ("stage: pt, train_file_dir: {here}/text.txt, block_size: 32", "stage: extend-vocab, train_file_dir: {here}/text.txt, merge: false",
+     ":11:merge: does nothing in extend-vocab, which does not train"),
     ("stage: pt,", "", ":11: a stage begins with `stage:`"),
     ("stage: rm,", "stage: sft,", ":13: a second stage 'sft'"),
     ("from: sft", "from: stf", ":17: from 'stf': expected a stage before it"),

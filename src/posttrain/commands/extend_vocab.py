@@ -67,7 +67,7 @@ def run(config: Config) -> None:
     quiet_libraries()
     chosen = config.group(flags.VocabularyFlags)
     output = Path(chosen.output_dir)
-    _check(chosen)
+    check_growth(config)
     _check_output(config, output, chosen.overwrite_output_dir)
     settings = read_config(chosen.model_name_or_path, chosen.trust_remote_code)
     if getattr(settings, "quantization_config", None) is not None:
@@ -112,8 +112,9 @@ def run(config: Config) -> None:
     print(f"model: {output}")
 
 
-def _check(chosen: flags.VocabularyFlags) -> None:
+def check_growth(config: Config) -> None:
     """Raises UserError for what cannot work, before anything is read."""
+    chosen = config.group(flags.VocabularyFlags)
     if chosen.vocab_size < 1:
         raise UserError(f"--vocab_size {chosen.vocab_size}: expected how many pieces may be added, at least 1")
     if chosen.min_frequency < 1:

@@ -15,7 +15,8 @@ from posttrain import config
 from posttrain.commands.table import COMMANDS
 from posttrain.types import UserError
 
-STAGES = ("pt", "sft", "rm", "dpo", "ppo")
+TRAINED = ("pt", "sft", "rm", "dpo", "ppo")
+STAGES = ("extend-vocab", *TRAINED)
 TOP = ("output_dir", "model_name_or_path", "launcher", "flags", "stages")
 OF_STAGE = ("stage", "name", "from", "merge", "launcher", "config")
 # Flags that the pipeline sets itself, and where the user says them instead.
@@ -127,13 +128,23 @@ def _stage(node: yaml.Node, file: str, shared: Mapping[str, Placed], launcher: t
     flags, lines = _flags(shared, command, notes, skip_unknown=True)
     own = {name: placed for name, placed in written.items() if name not in OF_STAGE}
     own_flags, own_lines = _flags(own, command, notes)
-    if "launcher" in written:
+    if command not in TRAINED:
+        _check_untrained(command, written)
+        launcher = ()
+    elif "launcher" in written:
         launcher = tuple(shlex.split(_text(written["launcher"])))
     return Stage(
         _text(written["name"]) if "name" in written else command, command, where, {**flags, **own_flags}, {**lines, **own_lines},
         _text(written["from"]) if "from" in written else None, _merge(written.get("merge"), file), launcher,
         _text(written["config"]) if "config" in written else None,
     )  # fmt: skip
+
+
+def _check_untrained(command: str, written: Mapping[str, Placed]) -> None:
+    """A stage that trains nothing is one process and leaves nothing to merge."""
+    for name in ("launcher", "merge"):
+        if name in written:
+            raise UserError(f"{written[name][1]}: does nothing in {command}, which does not train")
 
 
 def _merge(placed: Placed | None, file: str) -> Mapping[str, str] | bool | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain import config
-from posttrain.commands.pipeline_file import Pipeline, Stage
+from posttrain.commands.pipeline_file import TRAINED, Pipeline, Stage
 from posttrain.commands.table import COMMANDS
 from posttrain.model.embedded import EMBEDDED, resolve_model
 from posttrain.types import UserError
@@ -32,8 +32,8 @@ class Step:
 
     @property
     def trains(self) -> bool:
-        """Whether it is a stage and not a merge: a stage can go on from a checkpoint."""
-        return self.words[0] != "merge"
+        """Whether it can go on from a checkpoint and be started by a launcher: not so a merge, or a vocabulary that grows."""
+        return self.words[0] in TRAINED
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Placed:
     @property
     def adapter(self) -> bool:
         """Whether it trains a LoRA adapter, which the next stage needs merged."""
-        return bool(self.parsed["use_peft"])
+        return self.stage.command in TRAINED and bool(self.parsed["use_peft"])
 
     @property
     def result(self) -> Path:
@@ -146,19 +146,22 @@ def _place(pipeline: Pipeline, stage: Stage, defaults: Mapping[str, str]) -> Pla
 
 
 def _code(stage: Stage, parsed: config.Config) -> list[str]:
-    """Files beside the rows that a stage's result depends on: its recipe, and functions that score."""
+    """Files beside the rows that a stage's result depends on: its recipe, functions that score, pieces trained before."""
     functions = (parsed["reward_func"] or "").split(",") if stage.command == "ppo" else []
     files = [function.rpartition(":")[0].strip() for function in functions]
+    files += [parsed["domain_sp_model"] or ""] if stage.command == "extend-vocab" else []
     return [file for file in (stage.recipe or "", *files) if Path(file).is_file()]
 
 
 def _check_together(stage: Stage, parsed: config.Config) -> None:
     """What the stage would refuse when its turn comes, said before the first one starts."""
-    from posttrain.training.resolve import resolve  # imports torch: a misspelt word is answered without
+    from posttrain.commands.extend_vocab import check_growth  # these import torch: a misspelt word is answered without
+    from posttrain.training.resolve import resolve
     from posttrain.training.resolve_ppo import resolve_ppo
 
+    checks: dict[str, Callable[[config.Config], object]] = {"ppo": resolve_ppo, "extend-vocab": check_growth}
     try:
-        (resolve_ppo if stage.command == "ppo" else resolve)(parsed)
+        checks.get(stage.command, resolve)(parsed)
     except UserError as error:
         raise UserError(f"{stage.where}: {error}") from error
 
