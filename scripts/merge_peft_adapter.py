@@ -4,4 +4,5 @@ import sys
 
 from posttrain.cli import main
 
-sys.exit(main(["merge", *sys.argv[1:]]))
+if __name__ == "__main__":  # where a GPU is in use, preprocessing starts processes that import this file
+    sys.exit(main(["merge", *sys.argv[1:]]))

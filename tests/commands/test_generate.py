@@ -45,7 +45,7 @@ def greedy_by_hand(answerer: Answerer, ids: list[int], n_tokens: int) -> list[in
     sequence = list(ids)
     for _ in range(n_tokens):
         with torch.no_grad():
-            sequence.append(int(answerer.model(torch.tensor([sequence])).logits[0, -1].argmax()))
+            sequence.append(int(answerer.model(torch.tensor([sequence], device=answerer.model.device)).logits[0, -1].argmax()))
     return sequence[len(ids) :]
 
 

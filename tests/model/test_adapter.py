@@ -152,7 +152,7 @@ def test_gradients_survive_checkpointing(use_reentrant: bool) -> None:
         adapted = attach_lora(tiny_llama(), Lora())
         stir(adapted)
         if checkpointing:
-            adapted.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            adapted.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         ids = torch.arange(4, 40)[None]
         adapted.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         return {n: p.grad for n, p in adapted.named_parameters() if p.requires_grad}

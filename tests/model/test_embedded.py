@@ -80,6 +80,7 @@ def tiny(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
         gguf_sha256=hashlib.sha256((wheels / "tiny.gguf").read_bytes()).hexdigest(),
         context_tokens=64,
         pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
     )
     monkeypatch.setitem(embedded.EMBEDDED, NAME, source)
     monkeypatch.setenv("PIP_NO_INDEX", "1")

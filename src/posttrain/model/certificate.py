@@ -25,7 +25,7 @@ PROMPTS = (
 SUM_KL_NATS = 1e-7
 # The file is proved after rounding. Measured on the embedded model: 1e-11 in float32, 2e-6 in float16, 3e-5 to 4e-4 in bfloat16
 # (the more trained, the more); a lost layer or a head gone astray lies orders above. Rounding noise is relative, so the bound on
-# single logits is in units of their standard deviation over the vocabulary.
+# single logits is in units of their standard deviation over the vocabulary, at the token where they vary most.
 KL_NATS = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 2e-2}
 LOGIT_SPREADS = {"float32": 1e-3, "float16": 0.2, "bfloat16": 1.0}
 
@@ -129,7 +129,7 @@ def compare(
         n_tokens=len(expected),
         sum_kl_nats=kl_nats(expected, references.merged).mean().item(),
         max_abs_logit=(expected - actual).abs().max().item(),
-        max_abs_logit_allowed=LOGIT_SPREADS[dtype] * expected.std(-1).mean().item(),
+        max_abs_logit_allowed=LOGIT_SPREADS[dtype] * expected.std(-1).max().item(),
         mean_kl_nats=kl.mean().item(),
         mean_kl_nats_allowed=KL_NATS[dtype],
         max_kl_nats=kl.max().item(),

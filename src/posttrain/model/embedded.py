@@ -33,6 +33,7 @@ class Source:
     gguf_sha256: str
     context_tokens: int
     pad_token: str
+    eos_token: str
 
 
 EMBEDDED = {
@@ -42,6 +43,7 @@ EMBEDDED = {
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         context_tokens=8192,
         pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
     ),
 }
 
@@ -170,5 +172,6 @@ def _tokenizer(gguf: Path, source: Source) -> Any:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     )
     tokenizer.pad_token = source.pad_token
+    tokenizer.eos_token = source.eos_token  # some versions of transformers put another special token there
     tokenizer.model_max_length = source.context_tokens
     return tokenizer

@@ -33,7 +33,8 @@ def scale_rope(config: Any, rope: RopeScaling) -> None:
     current = getattr(config, "rope_parameters", None)
     if not current or not trained_tokens:
         raise UserError(f"--rope_scaling {rope.kind}: {config.model_type} has no rotary position embedding")
-    nested = config.nested_rope_parameter_keys(current)
+    labels = getattr(config, "_rope_type_labels", None) or getattr(config, "layer_types", None) or ()
+    nested = [kind for kind in current if kind in labels]
     if nested and not current.get("full_attention"):
         raise UserError(
             f"--rope_scaling {rope.kind}: {config.model_type} has rotary settings per layer kind ({', '.join(nested)})"

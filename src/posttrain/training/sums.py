@@ -22,7 +22,8 @@ class Sums:
         """Add to one metric; tensors stay on their device."""
         device = total.device if isinstance(total, Tensor) else None
         pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in (total, count)])
-        self._pairs[name] = self._pairs[name] + pair if name in self._pairs else pair
+        # What was loaded from a checkpoint lies on the host and moves to the device once.
+        self._pairs[name] = self._pairs[name].to(pair.device) + pair if name in self._pairs else pair
 
     def totals(self) -> dict[str, tuple[float, float]]:
         """(sum, count) over all ranks. A collective: every rank calls it, with the same names."""
