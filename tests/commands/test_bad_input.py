@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, PreTrainedConfig
 
 from conftest import tiny_llama
 from flag_probes import untouched
@@ -18,6 +19,7 @@ from flag_probes_models import other_model, reward_adapter
 from posttrain.cli import main
 from posttrain.model.adapter import Lora, attach_lora
 from posttrain.model.load import load_model
+from vocabularies import domain_lines, unigram_base
 
 CHATS = [
     {"conversations": [{"from": "human", "value": f"what is {i}?"}, {"from": "gpt", "value": f"the fox {i} rests"}]}
@@ -57,9 +59,18 @@ class Things:
                 {"reward_adapter": self.reward} if command == "ppo" else {}
             )
             return {"model_name_or_path": self.model, "train_file_dir": rows, "output_dir": self.root / "out", **quick}
+        if command == "run":
+            stage = f"{{stage: pt, train_file_dir: {self.root / 'text.txt'}}}"
+            text = f"output_dir: {self.root / 'out'}\nmodel_name_or_path: {self.model}\nstages:\n  - {stage}\n"
+            return {"pipeline": self.write("pipeline.yaml", text)}
         return {
             "merge": {"base_model": self.model, "lora_model": self.adapter, "output_dir": self.root / "out"},
             "show": {"model_name_or_path": self.model, "train_file_dir": rows},
+            "extend-vocab": {
+                "model_name_or_path": self.model,
+                "train_file_dir": self.root / "text.txt",
+                "output_dir": self.root / "out",
+            },
             "convert": {"in_file": rows, "out_file": self.root / "out.jsonl"},
             "chat": {"base_model": self.model},
             "score": {"base_model": self.model, "lora_model": self.reward, **answers},
@@ -117,6 +128,29 @@ def bigger_tokenizer(things: Things) -> Path:
     return things.root / "grown"
 
 
+def foreign_tokenizer(things: Things) -> Path:
+    """A smaller tokenizer of another kind, whose ids the model has rows for."""
+    unigram_base(things.root / "foreign").save_pretrained(things.root / "foreign")
+    tokenizer = AutoTokenizer.from_pretrained(things.root / "foreign")
+    tokenizer.chat_template = things.tokenizer.chat_template
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(things.root / "foreign")
+    return things.root / "foreign"
+
+
+def score_file(things: Things) -> str:
+    """A function that scores."""
+    return f"{things.write('scores.py', 'def f(answers): return [1.0 for _ in answers]')}:f"
+
+
+def ill_matched(things: Things) -> Path:
+    """A model in one folder with such a tokenizer."""
+    shutil.copytree(things.model, things.root / "ill-matched")
+    shutil.copytree(bigger_tokenizer(things), things.root / "ill-matched", dirs_exist_ok=True)
+    return things.root / "ill-matched"
+
+
 def without_system(things: Things) -> Path:
     """A template that leaves system turns out."""
     text = things.tokenizer.chat_template.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
@@ -145,6 +179,25 @@ def moved_adapter(things: Things) -> Path:
     return things.root / "moved"
 
 
+def family(things: Things, config: PreTrainedConfig) -> Path:
+    """A tiny model of another family with the same tokenizer."""
+    folder = things.root / config.model_type
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    things.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def capped(things: Things) -> Path:
+    """A model whose attention caps its scores, so that rows of segments cannot hold it."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    return family(things, Gemma2Config(vocab_size=len(things.tokenizer), num_key_value_heads=1, **small))
+
+
+def unrotated(things: Things) -> Path:
+    """A model without rotary positions."""
+    return family(things, GPT2Config(vocab_size=len(things.tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=512))
+
+
 CASES: list[Case] = [
     # contradictory flags
     ("sft", lambda t: {"use_peft": False, "lora_rank": 4}, "--lora_rank belongs to LoRA, but --use_peft is False"),
@@ -159,7 +212,34 @@ CASES: list[Case] = [
     ("ppo", lambda t: {"reward_adapter": None}, "--reward_"),
     ("generate", lambda t: {"temperature": -1}, "--temperature -1.0: outside its range"),
     ("inference", lambda t: {"interactive": True}, "--data_file does nothing with --interactive"),
+    ("sft", lambda t: {"qlora": True, "load_in_8bit": True}, "--qlora True loads the base in 4 bits, --load_in_8bit True in 8: give one"),
+    ("sft", lambda t: {"qlora": True, "load_in_4bit": False}, "which --load_in_4bit False forbids"),
+    *((stage, lambda t: {"load_in_4bit": True, "load_in_8bit": True}, "exclude each other") for stage in (*STAGES, "generate", "chat")),
+    *((stage, lambda t: {"load_in_4bit": True, "use_peft": False}, "quantised weights cannot be trained") for stage in STAGES[:4]),
+    *((stage, lambda t: {"rope_factor": 2}, "--rope_factor does nothing without --rope_scaling") for stage in STAGES[:4]),
+    *((stage, lambda t: {"shift_group_tokens": 8}, "--shift_group_tokens does nothing without --shift_attn True") for stage in STAGES[:3]),
+    *((stage, lambda t: {"shift_attn": True, "padding_free": False}, "it needs --padding_free True") for stage in STAGES[:3]),
+    ("dpo", lambda t: {"shift_attn": True}, "--shift_attn cannot be used here"),
+    ("ppo", lambda t: {"shift_attn": True}, "--shift_attn cannot be used here"),
+    ("ppo", lambda t: {"rope_scaling": "linear"}, "--rope_scaling cannot be used here"),
+    ("ppo", lambda t: {"neft_alpha": 5}, "--neft_alpha cannot be used here"),
+    ("sft", lambda t: {"fp16": True, "use_cpu": True}, "--fp16 needs a GPU"),
+    ("sft", lambda t: {"modules_to_save": "lm_hea"}, "did you mean 'lm_head'?"),
+    ("sft", lambda t: {"target_modules": "q_prj"}, "did you mean 'q_proj'?"),
+    ("sft", lambda t: {"resume_from_checkpoint": True, "overwrite_output_dir": True}, "--resume_from_checkpoint"),
+    ("extend-vocab", lambda t: {"validation_split_percentage": 0}, "--validation_split_percentage 0.0: "),
+    ("run", lambda t: {"only": "nothing"}, "--only nothing: "),
+    # a model without support
+    *((stage, lambda t: {"shift_attn": True, "model_name_or_path": capped(t)}, "--shift_attn True: cannot be used with this model: Gemma2")
+      for stage in STAGES[:3]),
+    *((stage, lambda t: {"rope_scaling": "linear", "rope_factor": 2, "model_name_or_path": unrotated(t)}, "gpt2 has no rotary position")
+      for stage in STAGES[:4]),
+    ("sft", lambda t: {"rope_scaling": "linear", "model_max_length": 300}, "already reads 512 tokens"),
     # missing files
+    ("extend-vocab", lambda t: {"train_file_dir": t.root / "nowhere"}, "--train_file_dir"),
+    ("extend-vocab", lambda t: {"domain_sp_model": t.root / "nowhere"}, "--domain_sp_model"),
+    ("extend-vocab", lambda t: {"model_name_or_path": t.root / "nowhere"}, "nowhere: no such model folder"),
+    ("run", lambda t: {"pipeline": t.root / "nowhere.yaml"}, "nowhere.yaml: no such pipeline file"),
     *((stage, lambda t: {"train_file_dir": t.root / "nowhere"}, "--train_file_dir") for stage in STAGES),
     *((stage, lambda t: {"validation_file_dir": t.root / "nowhere"}, "--validation_file_dir") for stage in STAGES),
     *((stage, lambda t: {"model_name_or_path": t.root / "nowhere"}, "nowhere: no such model folder") for stage in STAGES),
@@ -204,12 +284,18 @@ CASES: list[Case] = [
     ("sft", lambda t: {"model_name_or_path": broken_model(t, lambda f: (f / "model.safetensors").write_bytes(b"half"))}, "broken"),
     ("sft", lambda t: {"model_name_or_path": broken_model(t, narrower)}, "its weights do not have the shapes that its config.json says"),
     # a tokenizer that does not fit the model
-    *((stage, lambda t: {"tokenizer_name_or_path": bigger_tokenizer(t)}, "tokenizer") for stage in ("pt",)),
+    ("pt", lambda t: {"tokenizer_name_or_path": bigger_tokenizer(t)}, "tokenizer"),
+    *((stage, lambda t: {"tokenizer_name_or_path": foreign_tokenizer(t)}, "foreign: does not fit") for stage in STAGES[:4]),
+    ("ppo", lambda t: {"tokenizer_name_or_path": foreign_tokenizer(t), "reward_adapter": None, "reward_func": score_file(t)}, "foreign: does not fit"),
+    ("merge", lambda t: {"tokenizer_path": foreign_tokenizer(t)}, "foreign: does not fit"),
+    *((c, lambda t: {"tokenizer_path": foreign_tokenizer(t)}, "foreign: does not fit") for c in ("generate", "chat", "inference", "score")),
+    ("extend-vocab", lambda t: {"model_name_or_path": ill_matched(t), "train_file_dir": t.write("domain.txt", "\n".join(domain_lines()))}, "they do not belong together"),
     ("merge", lambda t: {"tokenizer_path": bigger_tokenizer(t)}, "--resize_emb"),
     *((c, lambda t: {"tokenizer_path": bigger_tokenizer(t), "lora_model": None}, "tokenizer") for c in ("generate", "chat", "inference")),
     ("sft", lambda t: {"model_type": "qwen2"}, "--model_type qwen2: "),
     # an adapter for another base
     *((stage, lambda t: {"peft_path": moved_adapter(t)}, "another base") for stage in ("pt", "sft", "dpo", "ppo")),
+    *((stage, lambda t: {"peft_path": moved_adapter(t), "load_in_4bit": True}, "another base") for stage in ("pt", "sft", "dpo")),
     *((c, lambda t: {"lora_model": moved_adapter(t)}, "another base") for c in ("merge", "generate", "chat", "inference")),
     *((stage, lambda t: {"peft_path": larger_adapter(t)}, "wide-adapter") for stage in ("pt", "sft", "dpo", "ppo")),
     *((c, lambda t: {"lora_model": larger_adapter(t)}, "wide-adapter") for c in ("merge", "generate", "chat", "inference")),

@@ -14,7 +14,7 @@ from posttrain.data.pack import collate, collate_padded
 from posttrain.data.pack_pairs import collate_pairs, collate_pairs_apart, collate_pairs_padded
 from posttrain.data.template import set_stop_tokens, stop_token_ids
 from posttrain.model.adapter import Lora, attach_lora, load_adapter, record_rope, trainable_summary
-from posttrain.model.load import check_vocabulary, load_model, resize_embeddings
+from posttrain.model.load import check_tokenizer, check_vocabulary, load_model, resize_embeddings
 from posttrain.model.logprobs import install_logprobs
 from posttrain.model.quantize import Quantization, quantization_of
 from posttrain.model.reward import install_scores, load_reward_model, set_padding
@@ -49,6 +49,8 @@ def build_model(config: Config, tokenizer: Any) -> Any:
     wanted = config["model_type"]
     if wanted and wanted not in ("auto", model.config.model_type):
         raise UserError(f"--model_type {wanted}: {config['model_name_or_path']} is a {model.config.model_type}")
+    if named := config["tokenizer_name_or_path"]:
+        check_tokenizer(tokenizer, named, "--tokenizer_name_or_path", config["model_name_or_path"], **source(config))
     added = resize_embeddings(model, tokenizer) if config.command != "pt" else 0
     check_vocabulary(model, tokenizer)
     if added and config["use_peft"] and not config["modules_to_save"]:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from posttrain import flags
 from posttrain.data.template import apply_template, stop_token_ids
 from posttrain.model.adapter import adapter_rope, load_adapter
-from posttrain.model.load import DType, check_vocabulary, load_model, load_tokenizer, resize_embeddings
+from posttrain.model.load import DType, check_tokenizer, check_vocabulary, load_model, load_tokenizer, resize_embeddings
 from posttrain.model.merge import merge_tokenizer_folder
 from posttrain.model.quantize import Quantization
 from posttrain.model.rope import context_tokens
@@ -55,6 +55,8 @@ def load_answerer(
     """
     folder = merge_tokenizer_folder(base_model, lora_model, tokenizer_path) if lora_model else tokenizer_path or base_model
     tokenizer = load_tokenizer(folder, padding_side="left", trust_remote_code=trust_remote_code)
+    if tokenizer_path:
+        check_tokenizer(tokenizer, tokenizer_path, "--tokenizer_path", base_model, trust_remote_code=trust_remote_code)
     apply_template(tokenizer, template_name)
     device_map = "auto" if torch.cuda.is_available() else None
     rope = adapter_rope(lora_model) if lora_model else None

@@ -12,7 +12,7 @@ from posttrain.config import Config
 from posttrain.data.template import stop_token_ids
 from posttrain.model.certificate import Certificate
 from posttrain.model.embedded import resolve_model
-from posttrain.model.load import DType, load_tokenizer
+from posttrain.model.load import DType, check_tokenizer, load_tokenizer
 from posttrain.model.merge import WriteOptions, merge_adapter, merge_tokenizer_folder
 from posttrain.model.score_certificate import ScoreCertificate
 from posttrain.training import artifacts
@@ -56,6 +56,8 @@ def merge(
     """Write the merged folder. The tokenizer and its template are those that the adapter was trained with."""
     folder = merge_tokenizer_folder(base_model, lora_model, tokenizer_path)
     tokenizer = load_tokenizer(folder, trust_remote_code=write.trust_remote_code)
+    if tokenizer_path:
+        check_tokenizer(tokenizer, tokenizer_path, "--tokenizer_path", base_model, trust_remote_code=write.trust_remote_code)
     if tokenizer.chat_template:
         write = dataclasses.replace(write, stop_token_ids=tuple(stop_token_ids(tokenizer)))
     return merge_adapter(base_model, lora_model, Path(output_dir), tokenizer, resize_emb=resize_emb, dtype=dtype, write=write)

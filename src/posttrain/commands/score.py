@@ -25,7 +25,14 @@ from posttrain.data.pack_pairs import collate_pairs, collate_pairs_padded
 from posttrain.data.template import apply_template, encode_chat, encode_pair, message_dicts, stop_token_ids
 from posttrain.model.adapter import adapter_rope, is_reward_adapter, load_adapter, read_adapter_config
 from posttrain.model.attention import enable_segments
-from posttrain.model.load import check_vocabulary, load_tokenizer, read_config, resize_embeddings, stores_score_head
+from posttrain.model.load import (
+    check_tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    read_config,
+    resize_embeddings,
+    stores_score_head,
+)
 from posttrain.model.merge import merge_tokenizer_folder
 from posttrain.model.quantize import quantization_of
 from posttrain.model.reward import install_scores, load_reward_model, set_padding
@@ -67,6 +74,8 @@ def load_rater(chosen: flags.InferenceFlags) -> Rater:
         raise UserError(f"--base_model {base}: has no score head; name a reward model, or the adapter of one with --lora_model")
     folder = merge_tokenizer_folder(base, lora, chosen.tokenizer_path) if lora else chosen.tokenizer_path or base
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+    if chosen.tokenizer_path:
+        check_tokenizer(tokenizer, chosen.tokenizer_path, "--tokenizer_path", base, trust_remote_code=trust)
     apply_template(tokenizer, chosen.template_name)
     device_map = "auto" if torch.cuda.is_available() else None
     rope = adapter_rope(lora) if lora else None

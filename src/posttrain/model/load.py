@@ -23,6 +23,7 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 # Tokens that a vocabulary already holds and that no conversation contains, best first.
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>", "<unk>", "<s>")
+OTHER_TOKENS = 0.1  # share of a model's tokens that another tokenizer may name differently and still be its own
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
 
 
@@ -210,6 +211,25 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's embedding {rows} rows: they do not belong together"
+        )
+
+
+def check_tokenizer(tokenizer: Any, named: str, flag: str, model: str, **source: Any) -> None:
+    """Raises UserError where a tokenizer that was named beside a model gives other ids than the model's own.
+
+    A few that differ are special tokens renamed; a model without a tokenizer of its own cannot say.
+    """
+    try:
+        own = load_tokenizer(model, **source).get_vocab()
+    except UserError:
+        return
+    ids = tokenizer.get_vocab()
+    other = [token for token, number in own.items() if ids.get(token) != number]
+    if len(other) > OTHER_TOKENS * len(own):
+        there = ids.get(other[0])
+        raise UserError(
+            f"{flag} {named}: does not fit {model}: {len(other):,} of the model's {len(own):,} tokens have another id in it, the first is"
+            f" {other[0]!r}, {own[other[0]]} for the model, {there if there is not None else 'unknown'} there"
         )
 
 

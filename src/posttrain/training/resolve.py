@@ -200,6 +200,8 @@ def _check_library(config: Config, on_cpu: bool) -> None:
             raise UserError(f"--{name} {config[name]}: expected one of {', '.join(trainer_log_levels)}")
     if config["fsdp"] and "WORLD_SIZE" not in os.environ:
         raise UserError("--fsdp shards over processes: start them with torchrun --nproc_per_node")
+    if isinstance(config["deepspeed"], str) and not Path(config["deepspeed"]).is_file():
+        raise UserError(f"--deepspeed {config['deepspeed']}: no such file")
     if config["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
         raise UserError("--deepspeed needs the package: pip install 'posttrain[deepspeed]'")
     check_reporting(config["report_to"])
