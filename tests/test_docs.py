@@ -124,6 +124,26 @@ def test_the_guide_names_every_loss() -> None:
     assert re.findall(r"^\| `(\w+)`", table, re.M) == [*LOSSES]
 
 
+def own_flags() -> dict[str, set[str]]:
+    """Flag of our own → its commands, from the golden list."""
+    golden = (ROOT / "tests" / "flags_golden.txt").read_text(encoding="utf-8").partition("\n# Fields of transformers")[0]
+    found: dict[str, set[str]] = defaultdict(set)
+    for line in golden.splitlines()[1:]:
+        command, name = line.split()[:2]
+        found[name].add(command)
+    return found
+
+
+def test_the_page_of_options_names_every_flag() -> None:
+    """In its tables, where a cost and a use stand beside it."""
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `--")]
+    named = {name for row in rows for name in re.findall(r"--(\w+)", row.split(" | ")[0])}
+    assert len(own_flags()) > 100
+    assert set(own_flags()) - named == set()
+    assert all(len(row.split(" | ")) == 4 and all(cell.strip("| ") for cell in row.split(" | ")) for row in rows)
+
+
 def flag_tables() -> str:
     """What docs/training.md says about renamed and refused flags, from the tables that the code itself follows."""
 
