@@ -8,15 +8,19 @@ Prints one Markdown table. Models have random weights; nothing is downloaded.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import gpu_runs
 from posttrain.data.pack import collate, collate_padded
 from posttrain.model.adapter import Lora, attach_lora
 from posttrain.model.attention import enable_segments
@@ -153,7 +157,16 @@ def main() -> None:
         mfu = f", {f['flops'] / peak:.1%} of matrix peak" if peak else ""
         print(f"| SFT LoRA r=8 bf16, {who} | {f['tokens_per_second']:,.0f} tokens/s, peak {f['peak_gib']:.2f} GiB{mfu} | |")
     ratio = figures["ours"]["tokens_per_second"] / figures["transformers"]["tokens_per_second"]
-    print(f"| ours / transformers | {ratio:.2f}x tokens/s | |")
+    print(f"| ours / transformers | {ratio:.2f}x tokens/s | |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        n_rows, longest = (8, 160) if DRY else (128, 1024)
+        flops = next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
+        lines = itertools.chain(
+            gpu_runs.stage_lines(Path(folder), shape, n_rows, longest, flops), gpu_runs.engine_lines(Path(folder))
+        )
+        for check, result, passed in () if DRY and "--short" in sys.argv else lines:
+            failed |= passed is False
+            print(f"| {check} | {result} | {'' if passed is None else 'ok' if passed else 'FAIL'} |", flush=True)
     sys.exit(1 if failed else 0)
 
 
