@@ -194,6 +194,8 @@ class Lab:
             return {"base_model": self.model, "lora_model": self.reward_adapter, "dtype": "float32", **files}
         if command == "run":
             return {"pipeline": self.pipeline}
+        if command == "plan":
+            return {"stage": "sft", "model_name_or_path": self.model}
         prompts: dict[str, Any] = {}
         if command in ("generate", "inference"):
             prompts = {"data_file": self.prompts, "output_file": self.path("answers.jsonl")}

@@ -21,6 +21,7 @@ import flag_probes_commands  # noqa: F401
 import flag_probes_context  # noqa: F401
 import flag_probes_data  # noqa: F401
 import flag_probes_outside  # noqa: F401
+import flag_probes_plan  # noqa: F401
 import flag_probes_ppo  # noqa: F401
 import flag_probes_ppo_shared  # noqa: F401
 import flag_probes_preferences  # noqa: F401

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING
 
 from posttrain import __version__, config
-from posttrain.commands.table import COMMANDS
+from posttrain.commands.table import COMMANDS, understood
 from posttrain.data.template_files import list_templates
 from posttrain.types import UserError
 
@@ -48,7 +48,8 @@ def _dispatch(words: list[str]) -> int:
     if "-h" in words or "--help" in words:
         print(command_help(name, everything="--all" in words))
         return 0
-    parsed = config.parse(name, command.groups, command.training, command.words(words))
+    whose, command, words = understood(name, words)
+    parsed = config.parse(whose, command.groups, command.training, words)
     for note in parsed.notes:
         print(f"note: {note}", file=sys.stderr)
     if "cache_dir" in parsed.values and parsed["cache_dir"]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
 
 from posttrain import flags
+from posttrain.types import Stage, UserError
+
+STAGES = get_args(Stage)
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,7 @@ class Command:
 
     training    takes the fields of transformers.TrainingArguments too
     positional  the flag that a first word without -- is the value of
+    of_stage    takes all flags of the stage that --stage names, too
     """
 
     module: str
@@ -21,6 +26,7 @@ class Command:
     groups: tuple[type, ...]
     training: bool = False
     positional: str | None = None
+    of_stage: bool = False
 
     def words(self, argv: Sequence[str]) -> list[str]:
         """The command line with its positional word spelt as a flag."""
@@ -74,5 +80,24 @@ COMMANDS: dict[str, Command] = {
         "extend_vocab", "add a domain's pieces to a model's tokenizer", (flags.VocabularyFlags, flags.DataFlags)
     ),
     "convert": Command("convert", "any data format -> canonical JSONL", (flags.ConvertFlags,)),
+    "plan": Command(
+        "plan", "forecast the memory of a stage's run: plan sft <its flags>", (flags.PlanFlags,), positional="stage", of_stage=True
+    ),
     "run": Command("run", "a pipeline of stages from one YAML file", (flags.PipelineFlags,), positional="pipeline"),
 }  # fmt: skip
+
+
+def understood(name: str, argv: Sequence[str]) -> tuple[str, Command, list[str]]:
+    """(whose words they are, the command with all groups it takes, its words): for a command of a stage, those of that stage too.
+
+    Raises UserError for a stage that there is not.
+    """
+    command = COMMANDS[name]
+    words = command.words(argv)
+    if not command.of_stage or "--stage" not in words[:-1]:
+        return name, command, words
+    stage = words[words.index("--stage") + 1]
+    if stage not in STAGES:
+        raise UserError(f"posttrain {name} {stage}: expected one of {', '.join(STAGES)}")
+    of_stage = COMMANDS[stage]
+    return stage, replace(command, groups=(*command.groups, *of_stage.groups), training=of_stage.training), words

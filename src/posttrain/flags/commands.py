@@ -83,6 +83,21 @@ class PipelineFlags:
 
 
 @dataclass(frozen=True)
+class PlanFlags:
+    """Plan"""
+
+    stage: str = flag(
+        REQUIRED, "Whose run is planned: pt, sft, rm, dpo or ppo. The word after `posttrain plan`; all flags of that stage may follow."
+    )
+    num_processes: int = flag(1, "Processes of the run, one a device, over all machines.")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "What the run computes on. auto: what this machine has.")
+    device_memory_gib: float | None = flag(None, "Memory of a device in GiB: a line says whether the run fits.")
+    example_tokens: int | None = flag(
+        None, "Length of an example in pt and sft where it is below the longest that the flags allow. [default: the longest]"
+    )
+
+
+@dataclass(frozen=True)
 class ScoreFlags:
     """Files"""
 
