@@ -33,7 +33,7 @@ from posttrain.training import artifacts
 from posttrain.training.audit import GradientAudit
 from posttrain.training.batches import Groups
 from posttrain.training.callbacks import MetricsFile, Progress
-from posttrain.training.job import leave_at_exit
+from posttrain.training.job import agreed_checkpoint, connect, leave_at_exit, lost_connection_told
 from posttrain.training.reference import ReferencePass
 from posttrain.training.resolve import HELD_OUT_FLAGS, check_steps, resolve, training_arguments
 from posttrain.training.resolve_context import row_tokens
@@ -49,10 +49,11 @@ def run(config: Config) -> None:
     quiet_libraries()
     config = resolve(config)
     folder = Path(config["output_dir"])
-    checkpoint = artifacts.find_checkpoint(folder, config["resume_from_checkpoint"])
+    connect(config["use_cpu"], config["ddp_backend"], config["ddp_timeout"])
     args = training_arguments(config)
     leave_at_exit()
-    if args.process_index == 0:
+    checkpoint = agreed_checkpoint(folder, config["resume_from_checkpoint"])
+    if args.should_save:  # the first process, or with --save_on_each_node that of each node
         sources = {f"--{name}": config[name] for name in SOURCES}
         artifacts.open_run_folder(folder, config["overwrite_output_dir"], bool(config["resume_from_checkpoint"]), sources)
     say(f"posttrain {config.command}: settings that are not defaults\n{config.table()}")
@@ -67,12 +68,12 @@ def run(config: Config) -> None:
     if config["peft_path"]:
         parents["adapter"] = artifacts.parent(config["peft_path"], config["peft_path"])
     trainer = build_trainer(config, args, model, (train, held_out), tokenizer, parents)
-    if args.process_index == 0:
+    if args.should_save:
         artifacts.write_run(folder, config.command, config.saved(), parents=parents, resumed_from=checkpoint)
         if isinstance(train, LoadedRows):
             write_ledger(folder, train, held_out)
     train_and_evaluate(config, trainer, folder, checkpoint)
-    if args.process_index == 0 and isinstance(train, RowStream):
+    if args.should_save and isinstance(train, RowStream):
         write_ledger(folder, train, held_out)  # it grew while the stream was read
     say(f"run folder: {folder}")
 
@@ -178,16 +179,17 @@ def train_and_evaluate(config: Config, trainer: ObjectiveTrainer, folder: Path, 
     if config["do_train"]:
         if checkpoint:
             say(f"resuming from {checkpoint}: weights, optimizer, schedule, order of the data and random state")
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with lost_connection_told("while training", config["ddp_timeout"], folder):
+            trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(folder))
-        trainer.save_state()
-        if trainer.args.process_index == 0:
+        if trainer.args.should_save:
+            trainer.state.save_to_json(str(folder / "trainer_state.json"))
             artifacts.write_results(folder, "train", trainer.state.log_history[-1])
         if config.command == "rm":
             centre_scores(config, trainer, folder)
     if config["do_eval"] and trainer.data.held_out is not None:
         metrics = trainer.evaluated_now() or trainer.evaluate()
-        if trainer.args.process_index == 0:
+        if trainer.args.should_save:
             artifacts.write_results(folder, "eval", metrics)
 
 
@@ -197,7 +199,7 @@ def centre_scores(config: Config, trainer: ObjectiveTrainer, folder: Path) -> No
     packed = trainer.data.collate is not collate_pairs_padded
     scorer = Scorer(trainer.model, packed, trainer.args.per_device_eval_batch_size, config["forward_tokens"])
     found = chosen_statistics(scorer, trainer.data.train.rows)
-    if trainer.args.process_index == 0:
+    if trainer.args.should_save:
         write_bias(folder, found)
     say(
         f"scores of {found.rows:,} chosen answers: mean {found.mean:.3f}, standard deviation {found.std:.3f}; PPO takes the mean as 0"

@@ -59,11 +59,15 @@ def find_checkpoint(folder: Path, wanted: str | None) -> str | None:
         if not Path(wanted, "trainer_state.json").is_file():
             raise UserError(f"--resume_from_checkpoint {wanted}: not a checkpoint folder (it has no trainer_state.json)")
         return _with_state(wanted)
-    # trainer_state.json is written last, so a checkpoint that a crash cut short is passed over.
-    whole = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
+    whole = whole_checkpoints(folder)
     if not whole and wanted.lower() == "true":
         raise UserError(f"--resume_from_checkpoint True: no whole checkpoint in {folder}")
-    return _with_state(str(max(whole, key=lambda c: int(c.name.rpartition("-")[2])))) if whole else None
+    return _with_state(str(whole[max(whole)])) if whole else None
+
+
+def whole_checkpoints(folder: Path) -> dict[int, Path]:
+    """By step. trainer_state.json is written last, so a checkpoint that a crash cut short is passed over."""
+    return {int(c.name.rpartition("-")[2]): c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()}
 
 
 def _with_state(checkpoint: str) -> str:

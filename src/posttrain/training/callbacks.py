@@ -26,7 +26,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the lines up to the step that training goes on from."""
-        if not state.is_world_process_zero or not self.file.is_file():
+        if not args.should_save or not self.file.is_file():
             return
         lines = self.file.read_text(encoding="utf-8").splitlines()
         rows = [(line, json.loads(line)) for line in lines]
@@ -38,7 +38,7 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append the log's values."""
-        if state.is_world_process_zero:
+        if args.should_save:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **kwargs["logs"]}) + "\n")
 
