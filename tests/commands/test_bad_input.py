@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, PreTrainedConfig
 
-from conftest import tiny_llama
+from conftest import ROOT, tiny_llama
 from flag_probes import untouched
 from flag_probes_models import other_model, reward_adapter
 from posttrain.cli import main
@@ -212,6 +212,8 @@ CASES: list[Case] = [
     ("ppo", lambda t: {"reward_adapter": None}, "--reward_"),
     ("generate", lambda t: {"temperature": -1}, "--temperature -1.0: outside its range"),
     ("inference", lambda t: {"interactive": True}, "--data_file does nothing with --interactive"),
+    ("sft", lambda t: {"fsdp": True}, "--fsdp shards over processes: start them with torchrun"),
+    ("sft", lambda t: {"deepspeed": ROOT / "scripts" / "deepspeed_zero_stage2_config.json"}, "--deepspeed "),  # needs torchrun, and the package
     ("sft", lambda t: {"qlora": True, "load_in_8bit": True}, "--qlora True loads the base in 4 bits, --load_in_8bit True in 8: give one"),
     ("sft", lambda t: {"qlora": True, "load_in_4bit": False}, "which --load_in_4bit False forbids"),
     *((stage, lambda t: {"load_in_4bit": True, "load_in_8bit": True}, "exclude each other") for stage in (*STAGES, "generate", "chat")),

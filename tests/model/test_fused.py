@@ -142,6 +142,14 @@ def test_a_copy_uses_its_own_weights() -> None:
     assert not torch.allclose(other(IDS).logits, model(IDS).logits)
 
 
+def test_weights_that_lie_the_other_way_round_are_left_alone() -> None:
+    """GPT-2's linears, which are no nn.Linear: their MLP has other widths than its input."""
+    model = adapted("gpt2", target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True)
+    before = run(model)
+    assert fuse(model) == "nothing"
+    assert_same(model, before, 1e-6)
+
+
 def test_a_lookalike_is_left_alone() -> None:
     """The code of the forward is Llama's, a parameter's meaning is not: the comparison on random input finds it."""
     model = tiny("llama")

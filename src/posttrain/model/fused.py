@@ -60,7 +60,8 @@ def _replacement(module: nn.Module) -> tuple[str, Callable[..., Tensor]] | None:
         return "gated MLP", _mlp_forward
     if _same_code(module, LlamaRMSNorm):
         return "RMS norm", _norm_forward
-    return ("LoRA linear", _linear_forward) if type(module) is LoraLinear else None
+    linear = type(module) is LoraLinear and type(module.base_layer) is nn.Linear  # GPT-2's have their weights the other way round
+    return ("LoRA linear", _linear_forward) if linear else None
 
 
 def _same_code(module: nn.Module, reference: type[nn.Module]) -> bool:

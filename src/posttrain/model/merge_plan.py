@@ -160,7 +160,7 @@ def _with_adapter(stream: Stream, settings: Mapping[str, Any]) -> Stream | str:
             stream.replaced[path] = tensors[name]
             continue
         path = path.removesuffix(".lora_A")
-        if type(module) not in (nn.Linear, Conv1D) or (tied and module is head):
+        if not isinstance(module, nn.Linear | Conv1D) or (tied and module is head):
             return f"the adapter changes {path}"
         stream.low_rank[path] = _low_rank(stream, path, tensors, settings)
     _check_complete(stream, settings, modules)
@@ -192,7 +192,7 @@ def _check_complete(stream: Stream, settings: Mapping[str, Any], modules: Mappin
     targets = settings.get("target_modules") or []
     for path, module in modules.items():
         named = isinstance(targets, list) and any(path == t or path.endswith(f".{t}") for t in targets)
-        if named and type(module) in (nn.Linear, Conv1D) and path not in stream.low_rank and path not in stream.replaced:
+        if named and isinstance(module, nn.Linear | Conv1D) and path not in stream.low_rank and path not in stream.replaced:
             raise UserError(f"{stream.adapter}: lacks weights of the adapter it describes, the first is {path}.lora_A")
     for name in settings.get("modules_to_save") or []:
         if not any(path == name or path.endswith(f".{name}") for path in stream.replaced):

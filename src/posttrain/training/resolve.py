@@ -19,6 +19,7 @@ from posttrain import hf_flags
 from posttrain.config import Config
 from posttrain.model.load import hardware_dtype
 from posttrain.objectives.dpo import DpoLoss
+from posttrain.training.engine_setup import engine_arguments
 from posttrain.training.resolve_context import resolve_context
 from posttrain.training.resolve_quantized import resolve_optimizer, resolve_quantized
 from posttrain.types import UserError
@@ -204,6 +205,8 @@ def _check_library(config: Config, on_cpu: bool) -> None:
         raise UserError(f"--deepspeed {config['deepspeed']}: no such file")
     if config["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
         raise UserError("--deepspeed needs the package: pip install 'posttrain[deepspeed]'")
+    if config["deepspeed"] and "WORLD_SIZE" not in os.environ:
+        raise UserError("--deepspeed shards over processes: start them with torchrun --nproc_per_node, also a single one")
     check_reporting(config["report_to"])
 
 
@@ -232,6 +235,7 @@ def training_arguments(config: Config) -> TrainingArguments:
         if new in accepted and old in chosen:  # transformers 5.23 renamed them
             chosen[new] = chosen.pop(old)
     chosen.pop("resume_from_checkpoint", None)
+    chosen |= engine_arguments(config["deepspeed"], config["fsdp"], config["use_cpu"], config["ddp_timeout"])
     if isinstance(chosen.get("debug"), list):
         chosen["debug"] = " ".join(chosen["debug"])
     if chosen.get("optim_target_modules") == ["all-linear"]:  # a word of the library's, not a name
