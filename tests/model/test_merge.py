@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import logits, save_adapter, save_base, stir
+from flag_probes_models import coded_model
 from posttrain.commands.merge import merge
 from posttrain.model.adapter import Lora, attach_lora, load_adapter
 from posttrain.model.load import load_model, resize_embeddings
@@ -223,6 +224,21 @@ def test_weights_that_are_not_numbers(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="not numbers"):
         merge(base, adapter, str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
+
+
+def test_code_of_a_model_goes_with_it(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base = str(coded_model(Path(save_base(tmp_path / "plain", tokenizer)), tmp_path / "base"))
+    adapted = attach_lora(load_model(base, "float32", trust_remote_code=True), Lora())
+    stir(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="--trust_remote_code True runs"):
+        merge(base, str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    merge(base, str(tmp_path / "adapter"), str(tmp_path / "merged"), write=WriteOptions(trust_remote_code=True))
+    assert (tmp_path / "merged" / "coded.py").read_text() == (tmp_path / "base" / "coded.py").read_text()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    assert type(merged).__name__ == "CodedForCausalLM"
+    torch.testing.assert_close(logits(merged, IDS), logits(adapted, IDS), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.slow
