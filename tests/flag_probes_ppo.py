@@ -13,6 +13,7 @@ from torch import Tensor
 from flag_probes import Lab, Run, probe
 from flag_probes_data import ledger
 from posttrain.config import parse
+from posttrain.types import UserError
 
 REWARDS = Path(__file__).with_name("ppo_rewards.py")
 
@@ -406,6 +407,39 @@ def use_cpu(lab: Lab) -> None:
         for flag, expected in (([], False), ([] if lab.mute == "use_cpu" else ["--use_cpu"], True)):
             argv = ["--model_name_or_path", "m", "--train_file_dir", "d", *flag]
             assert resolve_ppo(parse("ppo", cli.COMMANDS["ppo"].groups, False, argv))["use_cpu"] is expected
+
+
+def engine_chosen(lab: Lab, **flags: Any) -> list[Any]:
+    """The engine that would hold the trained module (and DeepSpeed's settings), in a process that torchrun started."""
+    found: list[Any] = []
+
+    def stand_in(name: str) -> Any:
+        def stop(*parts: Any) -> None:
+            found.extend([name, *parts[4:]])
+            raise UserError("stopped before processes meet")
+
+        return stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "1")
+        for name in ("FullyShard", "DeepSpeed", "Replicated"):
+            patch.setattr(f"posttrain.commands.ppo.{name}", stand_in(name))
+        lab.run("ppo", **flags)
+    return found
+
+
+@probe("ppo", "fsdp")
+def fsdp(lab: Lab) -> None:
+    """What it does is held in tests/commands/test_ppo_processes.py."""
+    assert (engine_chosen(lab), engine_chosen(lab, fsdp=True)) == (["Replicated"], ["FullyShard"])
+
+
+@probe("ppo", "deepspeed")
+def deepspeed(lab: Lab) -> None:
+    """What it does is held in tests/commands/test_ppo_processes.py."""
+    file = Path(__file__).parent.parent / "scripts" / "deepspeed_zero_stage2_config.json"
+    chosen, settings = engine_chosen(lab, deepspeed=file)
+    assert (chosen, settings["zero_optimization"]["stage"]) == ("DeepSpeed", 2)
 
 
 @probe("ppo", "seed")

@@ -138,6 +138,7 @@ REFUSED_BY: dict[str, dict[str, str]] = {
         "shift_attn": _NO_SHIFT,
         "shift_group_tokens": _NO_SHIFT,
         "flash_attn": "the kernel is chosen by itself",
+        "fsdp_config": "--fsdp True shards every decoder layer by FSDP2, and nothing of it is to be set",
         "fp16": "PPO computes in bfloat16 or float32: --bf16 True or False; --torch_dtype says how weights are stored",
         "total_episodes": "say --max_steps (rollouts) or --num_train_epochs (times every prompt is used)",
     },

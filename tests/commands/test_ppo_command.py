@@ -20,7 +20,7 @@ ASKED = [f"question {letter}" for letter in "abcdefghijk"]
 METRICS = {
     "step", "score", "score_std", "score_vowels", "kl_nats", "kl_k3_nats", "approx_kl_nats", "entropy_nats", "clip_fraction",
     "value_clip_fraction", "explained_variance", "stop_rate", "response_tokens", "policy_loss", "value_loss", "ratio", "reward",
-    "grad_norm", "learning_rate", "kl_coef", "early_stop", "rollout_tokens_per_second", "update_tokens_per_second", "seconds_rollout",
+    "grad_norm", "learning_rate", "kl_coef", "early_stop", "rollout_tokens_per_second", "update_tokens_per_second", "seconds_gather", "seconds_rollout",
     "seconds_score", "seconds_measure", "seconds_update",
 }  # fmt: skip
 
@@ -146,7 +146,9 @@ def test_resume_equals_an_uninterrupted_run(case: str, base: dict[str, Any], tmp
     run(cut, **flags, resume_from_checkpoint="auto")
     assert json.loads((cut / "run.json").read_text())["resumed_from"].endswith("checkpoint-2")
     names = [policy, "value/value.safetensors"]
-    names += [f"checkpoint-4/{name}" for name in (policy, "trained.safetensors", "optimizer.pt", "trainer_state.json")]
+    names += [
+        f"checkpoint-4/{name}" for name in (policy, "trained.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+    ]
     for name in names:
         assert digest(whole / name) == digest(cut / name), name
     assert lines(whole) == lines(cut)

@@ -247,7 +247,7 @@ def test_the_gradient_is_the_sum_over_tokens_by_their_number(make: Make) -> None
     loop.trained.zero_grad()
     taken: dict[str, Tensor] = {}
     loop.schedule.step = lambda: None
-    loop.optimizer.step = lambda: taken.update({name: p.grad.clone() for name, p in trainable.items()})
+    loop.engine.optimizer.step = lambda: taken.update({name: p.grad.clone() for name, p in trainable.items()})
     training.update_once(loop, rollout, [3, 1, 7, 0, 2, 6, 5, 4], Sums(loop.reduce))
     assert len(list(loop.cutter.parts(rollout.groups, range(8)))) > 2
     length = torch.cat([g.flatten() for g in expected.values()]).norm()
@@ -302,7 +302,7 @@ def test_early_stopping_leaves_out_the_rest_of_a_rollouts_updates(make: Make, mo
 
 def test_value_and_policy_have_learning_rates_of_their_own(make: Make) -> None:
     loop = make(learning_rate=1e-3, value_learning_rate=5e-3)
-    rates = {group["initial_lr"]: {id(p) for p in group["params"]} for group in loop.optimizer.param_groups}
+    rates = {group["initial_lr"]: {id(p) for p in group["params"]} for group in loop.engine.optimizer.param_groups}
     for name, parameter in loop.trained.named_parameters():
         if parameter.requires_grad:
             of_value = ".value." in name or name.startswith("value_head")

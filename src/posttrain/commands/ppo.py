@@ -35,10 +35,11 @@ from posttrain.training.episodes import Episode
 from posttrain.training.job import leave_at_exit
 from posttrain.training.ppo import Loop, Plan, train
 from posttrain.training.ppo_rollout import RewardShape
-from posttrain.training.ppo_state import load_checkpoint, save_policy, save_value
+from posttrain.training.ppo_state import load_checkpoint, save_policy, save_value, whole
 from posttrain.training.resolve import HELD_OUT_FLAGS
-from posttrain.training.resolve_ppo import resolve_ppo, steps
+from posttrain.training.resolve_ppo import read_settings, resolve_ppo, steps
 from posttrain.training.rollout import Sampling
+from posttrain.training.sharding import DeepSpeed, Engine, FullyShard, Replicated
 from posttrain.types import UserError
 
 SOURCES = (
@@ -58,7 +59,7 @@ def run(config: Config) -> None:
         reset_partial_state=True
     )  # as the library's own settings do: a stage before it may have left one
     accelerator = Accelerator(
-        cpu=config["use_cpu"], mixed_precision="bf16" if config["bf16"] else "no", log_with=_trackers(config),
+        cpu=config["use_cpu"], log_with=_trackers(config),
         project_dir=config["logging_dir"],
     )  # fmt: skip
     leave_at_exit()
@@ -132,12 +133,11 @@ def build_loop(
         raise UserError(f"--eval_steps needs held-out prompts: {HELD_OUT_FLAGS}")
     plan = Plan(
         steps(config, len(prompts.train.dataset)), chosen.rollout_batch_size, chosen.mini_batch_size, chosen.num_ppo_epochs,
-        config["max_grad_norm"], config["seed"], config["logging_steps"], config["save_steps"], config["eval_steps"],
+        config["seed"], config["logging_steps"], config["save_steps"], config["eval_steps"],
         chosen.target_kl if chosen.early_stopping else None,
     )  # fmt: skip
-    optimizer = build_optimizer(config, actors.trained)
-    schedule = build_schedule(config, optimizer, plan.optimizer_steps(chosen.num_generations))
-    wrapped, optimizer = accelerator.prepare(actors.trained, optimizer)
+    engine = shard(config, accelerator, actors.trained)
+    schedule = build_schedule(config, engine.optimizer, plan.optimizer_steps(chosen.num_generations))
     settings = PpoSettings(
         chosen.cliprange, chosen.dual_clip, chosen.cliprange_value, chosen.vf_coef, chosen.entropy_coef, chosen.kl_loss_coef,
         chosen.temperature,
@@ -157,10 +157,18 @@ def build_loop(
     audit = Audit(least_gradient=config["adam_epsilon"]) if config["audit"] else None
     held_out = prompts.validation.dataset if prompts.validation is not None else None
     return Loop(
-        accelerator, actors.trained, wrapped, actors.reference, optimizer, schedule, prompts.train.dataset, held_out,
+        accelerator, actors.trained, engine, actors.reference, schedule, prompts.train.dataset, held_out,
         partial(answer, build_engine(config, actors.trained), actors.trained.policy, tokenizer), actors.score, sampling, actors.cutter, PpoLoss(settings), shape,
-        kl, guards, plan, reporter.log, reporter.save, audit, say,
+        kl, guards, plan, reporter.log, reporter.save, audit, say, config["bf16"],
     )  # fmt: skip
+
+
+def shard(config: Config, accelerator: Accelerator, trained: PolicyAndValue) -> Engine:
+    """The trained module as its processes hold it, with its optimizer."""
+    parts = (accelerator, trained, partial(build_optimizer, config, trained), config["max_grad_norm"])
+    if config["deepspeed"]:
+        return DeepSpeed(*parts, read_settings(config["deepspeed"]))
+    return FullyShard(*parts) if config["fsdp"] else Replicated(*parts)
 
 
 def build_engine(config: Config, trained: PolicyAndValue) -> RolloutEngine:
@@ -235,9 +243,10 @@ def finish(loop: Loop, objection: str | None, folder: Path, tokenizer: Any) -> N
             f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint to go back to: --save_steps makes some"
         )
         raise UserError(f"{objection}; {last}")
+    trainable = whole(loop)
     if loop.accelerator.is_main_process:
-        save_policy(loop.trained, folder)
-        save_value(loop.trained, folder / "value")
+        save_policy(loop.trained, trainable, folder)
+        save_value(trainable, folder / "value")
         tokenizer.save_pretrained(folder)
     loop.accelerator.wait_for_everyone()
     say(f"run folder: {folder}")

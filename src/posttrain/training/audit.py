@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,12 +19,21 @@ AUDIT_STEPS = 3  # the first step has learning rate 0 under warm-up, and LoRA's 
 
 def fingerprint(tensor: Tensor) -> tuple[float, float]:
     """Two sums that change when any element does (up to rounding); cheap, and no copy of the model."""
-    values = tensor.detach().reshape(-1)
+    values = own_part(tensor.detach() if not hasattr(tensor, "ds_tensor") else tensor).reshape(-1)
     values = values.view(torch.uint8) if not values.is_floating_point() else values
     chunks = values.split(1 << 22)
     total = sum(float(chunk.double().sum()) for chunk in chunks)
     weighted = sum(float((chunk.double() * torch.arange(1, len(chunk) + 1, device=chunk.device)).sum()) for chunk in chunks)
     return total, weighted
+
+
+def own_part(tensor: Any) -> Tensor:
+    """What this process holds of a tensor: its shard under ZeRO-3 and FSDP2, else all of it."""
+    if hasattr(tensor, "ds_tensor"):
+        shard: Tensor = tensor.ds_tensor.detach()
+        return shard
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
 
 
 class Audit:
@@ -42,11 +54,13 @@ class Audit:
         """Fingerprint every parameter."""
         self.before = {name: fingerprint(p) for name, p in model.named_parameters()}
 
-    def before_step(self, model: nn.Module, rate: float) -> None:
-        """Note the gradients that an optimizer step is about to use."""
+    def before_step(
+        self, model: nn.Module, rate: float, gradient: Callable[[nn.Parameter], Tensor | None] = attrgetter("grad")
+    ) -> None:
+        """Note the gradients that an optimizer step is about to use. `gradient`: that of a parameter."""
         if not self.before:
             return
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        gradients = {name: gradient(p) for name, p in model.named_parameters() if p.requires_grad}
         if self.no_gradient is None:
             self.no_gradient = {name for name, gradient in gradients.items() if gradient is None}
         if rate > 0:
@@ -60,6 +74,7 @@ class Audit:
     def compare(self, model: nn.Module, sharded: bool = False) -> str:
         """What moved since `begin`, in one line. `sharded`: gradients live in the engine's own buffers."""
         moved = {n for n, p in model.named_parameters() if fingerprint(p) != self.before[n]}
+        moved = set().union(*gather_object([moved]))  # a tensor may have moved in the part that another process holds
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         frozen = set(self.before) - trainable
         self.before = {}
@@ -102,7 +117,8 @@ class GradientAudit(TrainerCallback):
         self.steps += 1
         if self.audit.before and self.steps == AUDIT_STEPS:
             self.summary = self.audit.compare(kwargs["model"], sharded=args.deepspeed is not None)
-            print(self.summary, file=sys.stderr)
+            if state.is_world_process_zero:
+                print(self.summary, file=sys.stderr)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A run too short for the whole audit still checks that nothing frozen moved."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from posttrain.training.audit import AUDIT_STEPS, Audit
 from posttrain.training.episodes import Episode
 from posttrain.training.ppo_rollout import Cutter, RewardShape, Rollout, add_advantages, group_episodes, measure, share
 from posttrain.training.rollout import Sampling
+from posttrain.training.sharding import Engine
 from posttrain.training.sums import Sums, averages
 
 Score = Callable[[Sequence[Episode]], tuple[list[float], dict[str, list[float]]]]  # scores, and those of each source
@@ -41,7 +42,6 @@ class Plan:
     rollout_batch_size: int  # prompts a rollout
     mini_batch_size: int  # episodes an optimizer step
     num_ppo_epochs: int  # passes over a rollout
-    max_grad_norm: float  # 0: gradients are not clipped
     seed: int
     logging_steps: int = 1
     save_steps: int = 0
@@ -55,13 +55,12 @@ class Plan:
 
 @dataclass
 class Loop:
-    """What the loop works with. `wrapped` is `trained` as the engine wraps it."""
+    """What the loop works with."""
 
     accelerator: Accelerator
     trained: PolicyAndValue
-    wrapped: Any
+    engine: Engine  # how the processes hold it
     reference: Role | None
-    optimizer: Any
     schedule: Any
     prompts: Any  # rows of EncodePrompt
     held_out: Any | None
@@ -78,7 +77,12 @@ class Loop:
     on_save: Callable[[Loop], None]
     audit: Audit | None = None  # of the first rollouts after a start
     on_audit: Callable[[str], None] = print
+    half: bool = False  # compute in bfloat16
     step: int = 0  # rollouts done
+
+    def autocast(self) -> torch.autocast:
+        """The type that passes compute in."""
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.half)
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks."""
@@ -92,12 +96,12 @@ def train(loop: Loop) -> str | None:
     if loop.held_out is not None and loop.step == 0:
         loop.on_log(0, evaluate(loop), None)
     if loop.audit is not None and loop.step < plan.max_steps:
-        loop.audit.begin(loop.trained)
+        with loop.engine.gathered():
+            loop.audit.begin(loop.trained)
     while loop.step < plan.max_steps:
         clock = Clock()
         rollout = collect(loop, clock)
-        with clock.time("measure"), loop.accelerator.autocast():
-            measure(rollout, loop.trained, loop.reference, loop.cutter, loop.sampling.temperature)
+        with clock.time("measure"):
             plain_N = add_advantages(rollout, loop.shape, loop.kl.coef, loop.reduce)
         sums = rollout_sums(loop, rollout, plain_N)
         coef = loop.kl.coef
@@ -114,7 +118,8 @@ def train(loop: Loop) -> str | None:
         if objection:
             return objection  # nothing is saved over the last good checkpoint
         if loop.audit is not None and (loop.step == first + AUDIT_STEPS or (last and loop.step < first + AUDIT_STEPS)):
-            loop.on_audit(loop.audit.compare(loop.trained))
+            with loop.engine.gathered():
+                loop.on_audit(loop.audit.compare(loop.trained))
         if loop.held_out is not None and (last or (plan.eval_steps and loop.step % plan.eval_steps == 0)):
             loop.on_log(loop.step, evaluate(loop), None)
         if plan.save_steps and loop.step % plan.save_steps == 0:
@@ -136,19 +141,31 @@ def prompt_indices(n_rows: int, first: int, count: int, seed: int) -> list[int]:
 
 
 def collect(loop: Loop, clock: Clock) -> Rollout:
-    """This process's share of a rollout: answers and their scores."""
+    """This process's share of a rollout: answers, their scores, and what the passes of the update start from."""
     size, rank, world = loop.plan.rollout_batch_size, loop.accelerator.process_index, loop.accelerator.num_processes
     first = loop.step * size
     rows = prompt_indices(len(loop.prompts), first, size, loop.plan.seed)[rank::world]
     numbers = list(range(first, first + size))[rank::world]
-    with clock.time("rollout"), loop.accelerator.autocast():
-        episodes = loop.answer([loop.prompts[row] for row in rows], loop.sampling, loop.plan.seed, numbers)
-    with clock.time("score"), loop.accelerator.autocast():
-        scores, by_source = loop.score(episodes)
     device = loop.accelerator.device
-    rollout = Rollout(group_episodes(episodes, loop.sampling.num_generations), episodes, torch.tensor(scores, device=device))
-    rollout.columns |= {f"score_{name}": torch.tensor(values, device=device) for name, values in by_source.items()}
+    with gathered(loop, clock), loop.autocast():
+        with clock.time("rollout"):
+            episodes = loop.answer([loop.prompts[row] for row in rows], loop.sampling, loop.plan.seed, numbers)
+        with clock.time("score"):
+            scores, by_source = loop.score(episodes)
+        rollout = Rollout(group_episodes(episodes, loop.sampling.num_generations), episodes, torch.tensor(scores, device=device))
+        rollout.columns |= {f"score_{name}": torch.tensor(values, device=device) for name, values in by_source.items()}
+        with clock.time("measure"):
+            measure(rollout, loop.trained, loop.reference, loop.cutter, loop.sampling.temperature)
     return rollout
+
+
+@contextlib.contextmanager
+def gathered(loop: Loop, clock: Clock) -> Iterator[None]:
+    """All weights on every process. They come together once for all passes inside."""
+    began = time.perf_counter()
+    with loop.engine.gathered():
+        clock.seconds["gather"] = time.perf_counter() - began
+        yield
 
 
 def update(loop: Loop, rollout: Rollout, sums: Sums) -> bool:
@@ -172,27 +189,31 @@ def update_once(loop: Loop, rollout: Rollout, indices: Sequence[int], sums: Sums
     Returns a function, a collective: how far the policy was from the rollout's (k3, nats a token).
     """
     rank, world = loop.accelerator.process_index, loop.accelerator.num_processes
-    parts = list(loop.cutter.parts(rollout.groups, indices[rank::world]))
+    by_process = [list(loop.cutter.parts(rollout.groups, indices[other::world])) for other in range(world)]
+    parts = by_process[rank]
+    passes = max(map(len, by_process)) if loop.engine.lockstep else len(parts)
     tokens = sum(len(answer) for index in indices for answer in rollout.groups[index][1])
     own = Sums(loop.reduce)
-    for number, part in enumerate(parts):
-        last = number == len(parts) - 1
-        with contextlib.nullcontext() if last else loop.accelerator.no_sync(loop.wrapped):
-            with loop.accelerator.autocast():
-                loss = loop.objective(loop.wrapped, rollout.minibatch(loop.cutter, part))
+    for number in range(passes):
+        with loop.engine.accumulating(last=number == passes - 1):
+            with loop.autocast():
+                loss = loop.objective(loop.engine.wrapped, rollout.minibatch(loop.cutter, parts[min(number, len(parts) - 1)]))
             # The engine averages over ranks: multiply that away, so that the gradient is Σ / the response tokens of all ranks.
-            loop.accelerator.backward(loss.total * world / tokens)
-        for name, (total, count) in loss.metrics.items():
+            # A pass beyond this process's parts only keeps step with the others.
+            loop.engine.backward(loss.total * (world / tokens if number < len(parts) else 0.0))
+        for name, (total, count) in loss.metrics.items() if number < len(parts) else ():
             sums.add(name, total, count)
             own.add(name, total, count)
-    norm = loop.accelerator.clip_grad_norm_(loop.trained.parameters(), loop.plan.max_grad_norm or math.inf)
-    sums.add("grad_norm", norm.detach(), 1.0)
-    if loop.audit is not None:
-        loop.audit.before_step(loop.trained, loop.schedule.get_last_lr()[0])
-    loop.optimizer.step()
+    look = partial(audit_gradients, loop)
+    sums.add("grad_norm", loop.engine.step(look), 1.0)
     loop.schedule.step()
-    loop.optimizer.zero_grad()
     return lambda: averages(own.totals())["approx_kl_nats"]
+
+
+def audit_gradients(loop: Loop) -> None:
+    """Let the audit see the gradients that a step is about to use."""
+    if loop.audit is not None:
+        loop.audit.before_step(loop.trained, loop.schedule.get_last_lr()[0], loop.engine.gradient)
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------------
@@ -257,7 +278,7 @@ def evaluate(loop: Loop) -> dict[str, float]:
     assert loop.held_out is not None
     rows = list(loop.held_out)[rank::world]
     greedy = dataclasses.replace(loop.sampling, temperature=0.0, top_p=1.0, top_k=0, num_generations=1)
-    with loop.accelerator.autocast():
+    with loop.engine.gathered(), loop.autocast():
         episodes = loop.answer(rows, greedy, loop.plan.seed, range(len(rows)))
         scores, _ = loop.score(episodes)
         rollout = Rollout(group_episodes(episodes, 1), episodes, torch.tensor(scores, device=loop.accelerator.device))

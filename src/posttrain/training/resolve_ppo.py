@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +50,7 @@ def resolve_ppo(config: Config) -> Config:
     _check_sizes(config)
     check_sources(config, _idle(config))
     _check_meaning(config)
+    _check_engine(config)
     config = resolve_quantized(config)
     check_reporting([config["report_to"]])
     on_cpu = config["use_cpu"] or not torch.accelerator.is_available()
@@ -68,6 +73,39 @@ def resolve_ppo(config: Config) -> Config:
         config = config.replace("lora_dropout", 0.0)
     config = config.replace("bf16", half).replace("use_cpu", on_cpu)
     return config if config["logging_dir"] else config.replace("logging_dir", str(Path(config["output_dir"], "logs")))
+
+
+def read_settings(file: str) -> dict[str, Any]:
+    """The content of a DeepSpeed file. Raises UserError where it is none."""
+    try:
+        settings: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"--deepspeed {file}: cannot be read as JSON ({error})") from error
+    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"--deepspeed {file}: expected an object with zero_optimization: {{stage: 1, 2 or 3, …}}")
+    return settings
+
+
+def _check_engine(config: Config) -> None:
+    """Sharding: what it needs, and what cannot be sharded."""
+    for flag in ("deepspeed", "fsdp"):
+        if not config[flag]:
+            continue
+        if "WORLD_SIZE" not in os.environ:
+            raise UserError(f"--{flag} shards over processes: start them with torchrun --nproc_per_node")
+        if config["load_in_4bit"] or config["load_in_8bit"]:
+            raise UserError(
+                f"--{flag}: a quantised base stays whole on every process: leave --{flag} out, only adapters are exchanged"
+            )
+        if config["rollout_engine"] == "vllm":
+            raise UserError(f"--{flag}: vLLM is handed whole adapters only: use --rollout_engine torch, or leave --{flag} out")
+    if config["deepspeed"] and config["fsdp"]:
+        raise UserError("--deepspeed and --fsdp exclude each other")
+    if config["deepspeed"]:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise UserError("--deepspeed needs the package: pip install 'posttrain[deepspeed]'")
+        read_settings(config["deepspeed"])
 
 
 def steps(config: Config, n_prompts: int) -> int:
