@@ -33,6 +33,7 @@ from posttrain.training import artifacts
 from posttrain.training.audit import GradientAudit
 from posttrain.training.batches import Groups
 from posttrain.training.callbacks import MetricsFile, Progress
+from posttrain.training.engine_setup import load_whole, shard
 from posttrain.training.job import agreed_checkpoint, connect, leave_at_exit, lost_connection_told
 from posttrain.training.reference import ReferencePass
 from posttrain.training.resolve import HELD_OUT_FLAGS, check_steps, resolve, training_arguments
@@ -51,6 +52,7 @@ def run(config: Config) -> None:
     folder = Path(config["output_dir"])
     connect(config["use_cpu"], config["ddp_backend"], config["ddp_timeout"])
     args = training_arguments(config)
+    load_whole(args)
     leave_at_exit()
     checkpoint = agreed_checkpoint(folder, config["resume_from_checkpoint"])
     if args.should_save:  # the first process, or with --save_on_each_node that of each node
@@ -144,6 +146,7 @@ def build_trainer(
         config["forward_tokens"],
     )
     os.environ["TENSORBOARD_LOGGING_DIR"] = config["logging_dir"]  # where the library's callback looks
+    shard(model, args)
     trainer = ObjectiveTrainer(model, args, data, objective, tokenizer)
     audit = [GradientAudit()] if config["audit"] else []
     # Not args.disable_tqdm, which is true whenever the library's log lines are off.

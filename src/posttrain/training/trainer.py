@@ -19,6 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from posttrain.data.pack import split
 from posttrain.data.pack_stream import PackedStream
 from posttrain.training.batches import Batches, EpochLoader, Groups, loader, stream_loader
+from posttrain.training.engine_setup import fsdp_on_cpu, unfinished, without_tied
 from posttrain.training.resolve import HELD_OUT_FLAGS
 from posttrain.training.sums import Sums, averages
 from posttrain.types import Objective, PackedBatch, UserError
@@ -67,6 +68,11 @@ class ObjectiveTrainer(Trainer):
         self.window = Sums(self._sum_over_ranks)  # since the last log
         self.run = Sums(self._sum_over_ranks)  # since step 0
         self._log_clock = (time.monotonic(), 0.0)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The library's, which learns of FSDP on a CPU."""
+        with fsdp_on_cpu(self.args):
+            super().create_accelerator_and_postprocess()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The library's; a package that is missing or a value out of range is told in one line."""
@@ -137,8 +143,8 @@ class ObjectiveTrainer(Trainer):
         parts = self._parts(inputs)
         total = torch.zeros((), device=self.args.device)
         for index, part in enumerate(parts):
-            alone = index < len(parts) - 1 and self.accelerator.num_processes > 1
-            with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():
+            alone = index < len(parts) - 1
+            with unfinished(self.accelerator, model) if alone else contextlib.nullcontext():
                 total += super().training_step(model, part, num_items_in_batch)
         return total
 
@@ -259,6 +265,9 @@ class ObjectiveTrainer(Trainer):
             (folder / SUMS_FILE).write_text(json.dumps(saved), encoding="utf-8")
         super()._save_checkpoint(model, trial)  # writes trainer_state.json last: what marks a checkpoint as whole
         self._off_the_clock(began)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, without_tied(self.model, state_dict))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
