@@ -326,7 +326,7 @@ def value_learning_rate(lab: Lab) -> None:
 def group(lab: Lab, **flags: Any) -> dict[str, Any]:
     """The optimizer's settings of the policy, from a checkpoint."""
     run = lab.ppo(save_steps=2, **flags)
-    return dict(run.state()["optimizer"]["param_groups"][0])
+    return dict(run.state()["param_groups"][0])
 
 
 @probe("ppo", "weight_decay")

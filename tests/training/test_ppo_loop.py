@@ -308,7 +308,7 @@ def test_value_and_policy_have_learning_rates_of_their_own(make: Make) -> None:
             of_value = ".value." in name or name.startswith("value_head")
             assert id(parameter) in rates[5e-3 if of_value else 1e-3]
     whole = make(use_peft=False, learning_rate=1e-3, value_learning_rate=5e-3)
-    ids = {id(p) for p in whole.optimizer.param_groups[1]["params"]}
+    ids = {id(p) for p in whole.engine.optimizer.param_groups[1]["params"]}
     names = {name.split(".")[0] for name, p in whole.trained.named_parameters() if id(p) in ids}
     assert names == {"value_head", "value_model"}
 
