@@ -174,9 +174,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         n_rows, longest = (8, 160) if DRY else (128, 1024)
         flops = next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
-        peers = gpu_peers.trl_lines(Path(folder), n_rows, longest)
         lines = itertools.chain(
-            gpu_runs.stage_lines(Path(folder), shape, n_rows, longest, flops), gpu_runs.engine_lines(Path(folder))
+            gpu_runs.stage_lines(Path(folder), shape, n_rows, longest, flops),
+            gpu_runs.engine_lines(Path(folder)),
+            gpu_peers.trl_lines(Path(folder), n_rows, longest),
         )
         for check, result, passed in lines:
             failed |= passed is False

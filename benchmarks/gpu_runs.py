@@ -116,6 +116,8 @@ def measure(stage: str, base: Path, data: Path, out: Path, **flags: Any) -> tupl
         for name, v in late[-1].items()
         if isinstance(v, float)
     }
+    if "tokens" in late[-1]:
+        figures["tokens_per_step"] = (late[-1]["tokens"] - late[0]["tokens"]) / (len(late) - 1)
     return {**figures, "peak_gib": peak[0]}, said.getvalue()
 
 
@@ -156,7 +158,11 @@ def stage_lines(folder: Path, shape: dict[str, Any], n_rows: int, longest: int, 
             if peak_flops and stage == "sft"
             else ""
         )
-        yield name, f"{rate:,.0f} tokens/s, peak {figures['peak_gib']:.2f} GiB{share}", None
+        # Pairs are what compares with others: of a pair's prompt, that we compute once, others count the tokens twice.
+        n_pairs = (
+            f" ({rate / figures['tokens_per_step'] * flags['per_device_train_batch_size']:.1f} pairs/s)" if kind == "dpo" else ""
+        )
+        yield name, f"{rate:,.0f} tokens/s{n_pairs}, peak {figures['peak_gib']:.2f} GiB{share}", None
         yield (
             f"{name}: the loss is finite and moves",
             f"{figures['loss']:.4f}",

@@ -28,13 +28,17 @@ from common import MODEL, ROOT
 
 RESULTS = ROOT / "docs" / "results"
 OUT = ROOT / "outputs" / "bench" / "plan"
-EXAMPLE_TOKENS = 155  # mean of examples/sft in the model's template: 153 and 154 in its two files
+# How long the rows of examples/ are on average, in the model's template, for the forecast: those of the first steps here.
+LENGTHS: dict[str, dict[str, int]] = {
+    "sft": {"example_tokens": 155},
+    "dpo": {"max_source_length": 45, "max_target_length": 93},
+    "ppo": {"max_source_length": 67, "max_target_length": 48},  # most answers stop before 64
+}
 SFT = {"per_device_train_batch_size": 6, "model_max_length": 384}
 PACKED = {"per_device_train_batch_size": 2, "model_max_length": 1024, "packing": True, "forward_tokens": 2048}
-# The longest prompt and answer of a typical pair of examples/pairs; those that are longer lose their end, as the run's ledger says.
-DPO = {"per_device_train_batch_size": 4, "max_source_length": 64, "max_target_length": 128}
+DPO = {"per_device_train_batch_size": 4}
 PPO = {
-    "rollout_batch_size": 8, "mini_batch_size": 8, "max_source_length": 64, "max_target_length": 64, "max_steps": 1,
+    "rollout_batch_size": 8, "mini_batch_size": 8, "max_target_length": 64, "max_steps": 1,
     "reward_func": f"{Path(__file__).resolve()}:length",
 }  # fmt: skip
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -48,13 +52,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "sft all weights": {**SFT, "use_peft": False},
     "sft all weights, checkpointing": {**SFT, "use_peft": False, "gradient_checkpointing": True},
     "dpo LoRA": DPO,
-    "dpo LoRA, prompts twice": {**DPO, "prefix_sharing": False},
-    "dpo LoRA, parts of 2,048 tokens": {**DPO, "per_device_train_batch_size": 8, "forward_tokens": 2048},
     "dpo all weights": {**DPO, "use_peft": False},
     "ppo LoRA": PPO,
-    "ppo LoRA, trunk": {**PPO, "value_sharing": "trunk"},
-    "ppo LoRA, checkpointing": {**PPO, "gradient_checkpointing": True},
-    "ppo QLoRA, 4 bits": {**PPO, "qlora": True},
     "ppo all weights": {**PPO, "use_peft": False},
 }
 
@@ -150,21 +149,21 @@ def forecast(name: str) -> dict[str, float]:
     from posttrain.cli import main
 
     stage, *flags = words(name, OUT / "run")
-    examples = ["--example_tokens", str(EXAMPLE_TOKENS)] if stage == "sft" else []
+    lengths = [word for flag, tokens in LENGTHS[stage].items() for word in (f"--{flag}", str(tokens))]
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        assert main(["plan", stage, *flags, *examples]) == 0
+        assert main(["plan", stage, *flags, *lengths]) == 0
     total = re.search(r"^total: ([\d,]+) bytes", text.getvalue(), re.MULTILINE)
     assert total
     return {"total": float(total[1].replace(",", ""))}
 
 
-def alone(what: str, name: str, returning: bool) -> dict[str, float]:
-    """Forecast or measurement in a process of its own. `returning`: glibc returns what is freed."""
+def alone(name: str, returning: bool) -> dict[str, float]:
+    """A measurement in a process of its own. `returning`: glibc returns what is freed."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if returning:
         env["MALLOC_MMAP_THRESHOLD_"] = "131072"
-    done = subprocess.run([sys.executable, __file__, f"--{what}", name], capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run([sys.executable, __file__, "--measure", name], capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -173,45 +172,41 @@ def alone(what: str, name: str, returning: bool) -> dict[str, float]:
     return found
 
 
-def measured(name: str, returning: bool, again: bool) -> dict[str, float]:
-    """Peak and baseline of a configuration, remembered between calls."""
+def measured(name: str, returning: bool, again: bool) -> float:
+    """The peak of a configuration above its baseline, in bytes, remembered between calls."""
     file = OUT / ("returning.json" if returning else "default.json")
-    known: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
+    known: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
     if again or name not in known:
-        known[name] = alone("measure", name, returning)
+        found = alone(name, returning)
+        known[name] = found["peak"] - found["baseline"]
         OUT.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(known, indent=2))
     return known[name]
 
 
-HEAD = """# `posttrain plan` beside what runs take
+HEAD = f"""# `posttrain plan` beside what runs take
 
-Made by `python benchmarks/plan.py`, whose head says how peaks are taken: {model} on `examples/`, one thread, bfloat16 unless said, each
-run the command itself in a process of its own. All figures are MiB above the baseline, which is {low:.0f} to {high:.0f} MiB of interpreter,
-libraries and prepared data.
+Made by `python benchmarks/plan.py`, whose head says how peaks are taken: {MODEL} on `examples/`, one thread, bfloat16 unless said, two steps
+(PPO: one rollout), each run the command itself in a process of its own. All figures are MiB above interpreter, libraries and prepared data.
 """
 
 
 def compare(only: str, default: bool, again: bool) -> None:
     """All configurations; the page is written when none is left out. `default`: measured with the allocator as it is, too."""
-    rows, baselines = [], []
+    rows = []
     title = ["| configuration | forecast | measured peak | forecast off by |", "|---|---|---|---|"]
     if default:
         title = [f"{line}{more}" for line, more in zip(title, (" glibc's default allocator |", "---|"), strict=True)]
     print("\n".join(title), flush=True)
     for name in (name for name in CONFIGURATIONS if name.startswith(only)):
-        found = measured(name, True, again)
-        above, planned = found["peak"] - found["baseline"], alone("forecast", name, True)["total"]
-        baselines.append(found["baseline"] / 2**20)
+        above, planned = measured(name, True, again), forecast(name)["total"]
         cells = [f"{planned / 2**20:,.0f}", f"{above / 2**20:,.0f}", f"{100 * (planned / above - 1):+.0f} %"]
         if default:
-            held = measured(name, False, again)
-            cells.append(f"{(held['peak'] - held['baseline']) / 2**20:,.0f}")
+            cells.append(f"{measured(name, False, again) / 2**20:,.0f}")
         rows.append(f"| {name} | {' | '.join(cells)} |")
         print(rows[-1], flush=True)
     if not only:
-        text = "\n".join([HEAD.format(model=MODEL, low=min(baselines), high=max(baselines)), *title, *rows])
-        (RESULTS / "plan.md").write_text(text + "\n", encoding="utf-8")
+        (RESULTS / "plan.md").write_text("\n".join([HEAD, *title, *rows]) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -222,12 +217,9 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure what has been measured before")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--measure", choices=CONFIGURATIONS, help=argparse.SUPPRESS)
-    parser.add_argument("--forecast", choices=CONFIGURATIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         measure(args.measure)
-    elif args.forecast:
-        print(json.dumps(forecast(args.forecast)))
     elif args.table:
         import plan_table
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 FIRST_STEP, LAST_STEP = 3, 8  # bytes are those of the steps between: warmed up, and nothing is saved or logged
 WORKER_RESULT = "wire.json"
 DEEPSPEED = str(ROOT / "scripts" / "deepspeed_zero_stage{}_config.json")
+FSDP2 = '{"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}'
 LIVE_PARAMETERS = 1_000_000_000
 HEADERS = 1.05  # TCP, the weight of the step (a number), the barrier at either end
 
@@ -31,24 +32,25 @@ class Engine:
 
     name: str
     flags: dict[str, Any]
-    sent_bytes: Callable[[int, int, int], float]  # (all parameters, trainable ones, processes) → bytes; both in fp32
+    sent_bytes: Callable[[int, int, int, int], float]  # (all parameters, trainable ones, processes, scatter) → bytes; all in fp32
 
 
-def _share(processes: int) -> float:
-    return (processes - 1) / processes
+def _ring(parameters: float, processes: int) -> float:
+    """What a process sends in a ring's reduce-scatter or all-gather of fp32 numbers; an all-reduce is both."""
+    return 4 * parameters * (processes - 1) / processes
 
 
-# A ring's reduce-scatter or all-gather of n bytes makes every process send n·(P-1)/P; an all-reduce is both.
+# scatter: what a reduce-scatter costs, 1 as a ring does it, 2 where the library does an all-reduce and drops what is not wanted.
+# ZeRO-3 and FSDP2 gather parameters for the forward and again for the backward pass, frozen ones too; of a model below
+# stage3_max_live_parameters ZeRO-3 keeps what the forward pass has gathered.
 ENGINES = [
-    Engine("DDP", {}, lambda total, trained, p: 2 * _share(p) * 4 * trained),
-    Engine("ZeRO-1", {"deepspeed": "FOLDER/zero1.json"}, lambda total, trained, p: 2 * _share(p) * 4 * trained),
-    Engine("ZeRO-2", {"deepspeed": DEEPSPEED.format(2)}, lambda total, trained, p: 2 * _share(p) * 4 * trained),
-    # Parameters are gathered for the forward and again for the backward pass, frozen ones too; gradients are scattered. Of a model below
-    # stage3_max_live_parameters (10⁹ in our file) ZeRO-3 keeps what the forward pass has gathered.
+    Engine("DDP", {}, lambda total, trained, p, scatter: _ring(2 * trained, p)),
+    Engine("ZeRO-1", {"deepspeed": "FOLDER/zero1.json"}, lambda total, trained, p, scatter: _ring((scatter + 1) * trained, p)),
+    Engine("ZeRO-2", {"deepspeed": DEEPSPEED.format(2)}, lambda total, trained, p, scatter: _ring((scatter + 1) * trained, p)),
     Engine("ZeRO-3", {"deepspeed": DEEPSPEED.format(3)},
-           lambda total, trained, p: _share(p) * 4 * (total * (1 if total < LIVE_PARAMETERS else 2) + trained)),
-    Engine("FSDP2", {"fsdp": "full_shard auto_wrap", "fsdp_config": '{"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}'},
-           lambda total, trained, p: _share(p) * 4 * (2 * total + trained)),
+           lambda total, trained, p, scatter: _ring(total * (1 if total < LIVE_PARAMETERS else 2) + scatter * trained, p)),
+    Engine("FSDP2", {"fsdp": "full_shard auto_wrap", "fsdp_config": FSDP2},
+           lambda total, trained, p, scatter: _ring(2 * total + scatter * trained, p)),
 ]  # fmt: skip
 
 
@@ -145,12 +147,24 @@ def work(words: list[str]) -> int:
     return main(["sft", *words])
 
 
+HEAD = (
+    "| weights | engine | sent by a process a step | theory | theory, all-reduce for reduce-scatter | measured / the latter"
+    " | 2 processes / 1, tokens a second |\n|---|---|---|---|---|---|---|"
+)
+
+
+def line(kind: str, engine: Engine, got: dict[str, Any], speed: float | None) -> str:
+    """A row of the table."""
+    ring, reduced = (engine.sent_bytes(got["total"], got["trained"], 2, scatter) for scatter in (1, 2))
+    return (
+        f"| {kind} | {engine.name} | {got['sent_bytes'] / 1e6:.3f} MB | {ring / 1e6:.3f} MB | {reduced / 1e6:.3f} MB"
+        f" | {got['sent_bytes'] / reduced:.2f} | {'not measured' if speed is None else f'{speed:.2f}'} |"
+    )
+
+
 def table(folder: Path, bytes_only: bool) -> str:
     """Every engine with LoRA and with all weights, as Markdown."""
-    lines = [
-        "| weights | engine | sent by a process a step | theory | ratio | 2 processes / 1, tokens a second |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [HEAD]
     for kind, more in (("LoRA r=8", {}), ("all", {"use_peft": False})):
         alone = None if bytes_only else start(folder, f"{kind}-one", 1, more)
         for engine in ENGINES:
@@ -158,14 +172,9 @@ def table(folder: Path, bytes_only: bool) -> str:
                 got = start(folder, f"{kind}-{engine.name}", 2, {**more, **engine.flags})
             except RuntimeError as error:
                 print(error, file=sys.stderr)
-                lines.append(f"| {kind} | {engine.name} | did not run | | | |")
+                lines.append(f"| {kind} | {engine.name} | did not run | | | | |")
                 continue
-            theory = engine.sent_bytes(got["total"], got["trained"], 2)
-            speed = "not measured" if alone is None else f"{2 * alone['seconds'] / got['seconds']:.2f}"
-            lines.append(
-                f"| {kind} | {engine.name} | {got['sent_bytes'] / 1e6:.3f} MB | {theory / 1e6:.3f} MB"
-                f" | {got['sent_bytes'] / theory:.2f} | {speed} |"
-            )
+            lines.append(line(kind, engine, got, None if alone is None else 2 * alone["seconds"] / got["seconds"]))
             print(lines[-1], file=sys.stderr)
     return "\n".join(lines)
 
