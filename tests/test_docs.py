@@ -13,12 +13,16 @@ import pytest
 
 from conftest import ROOT
 from posttrain import cli, config, hf_flags
+from posttrain.commands.table import understood
 from posttrain.data.formats import FORMATS, detect, parse
 from posttrain.types import Pair
 
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
-NOT_OURS = {"tool-call-parser", "nproc_per_node"}  # flags of vllm and torchrun that the guides show
+NOT_OURS = {  # flags of vllm, torchrun, accelerate and the benchmarks that the guides show
+    "tool-call-parser", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "multi_gpu", "num_processes",
+    "num_machines", "mixed_precision", "dynamo_backend", "bytes_only",
+}  # fmt: skip
 TABLES = "## Renamed and refused flags"  # the last section of docs/training.md
 LOSSES = config.options_of(cli.COMMANDS["dpo"].groups, True)["loss_type"].choices
 WORDS_OF_EVERY_COMMAND = {"config", "help", "all"}
@@ -46,11 +50,11 @@ def command_lines(text: str) -> list[str]:
 def parse_line(line: str) -> None:
     """As `posttrain` would, except that files need not exist and what a shortened line leaves out may be missing."""
     name, *words = shlex.split(line, comments=True)[1:]
-    command = cli.COMMANDS[name]
     if "--help" in words:
         return
+    name, command, words = understood(name, words)
     options = config.options_of(command.groups, command.training)
-    words = command.words([word for word in words if word != "…"])
+    words = [word for word in words if word != "…"]
     missing = [o.name for o in options.values() if o.default is config.dataclasses.MISSING and f"--{o.name}" not in words]
     config.parse(name, command.groups, command.training, [*words, *(w for n in missing for w in (f"--{n}", "x"))])
 

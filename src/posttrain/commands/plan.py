@@ -170,9 +170,9 @@ def load_of(config: Config, wanted: flags.PlanFlags) -> Load:
     tokens = min(n_units * size, max(limit, size)) if limit and config["padding_free"] else n_units * size
     parts = -(-n_units * size // tokens) * (1 if ppo else config["gradient_accumulation_steps"])
     checkpointing = bool(config["gradient_checkpointing"])
-    # Parts of all rows come by in every epoch, in the reference pass of dpo and where ppo samples.
-    many = config["max_steps"] < 1 or stage == "ppo" or (stage == "dpo" and DpoLoss(config["loss_type"]).needs_reference)
-    lengths = None if many else config["max_steps"] * parts
+    # Parts of all rows come by in every epoch, and in the reference pass of dpo; ppo measures its parts before it trains on them.
+    many = config["max_steps"] < 1 or (stage == "dpo" and DpoLoss(config["loss_type"]).needs_reference)
+    lengths = None if many else config["max_steps"] * (parts + ppo)
     return Load(tokens, targets * tokens // size, parts, unit * max(1, tokens // size), checkpointing, lengths)
 
 

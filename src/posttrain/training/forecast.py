@@ -77,6 +77,9 @@ def _weights(run: Run) -> list[Item]:
     size, how = plain * stored + linear * each, f"{count(plain)} × {stored} B"
     if linear:
         how = f"{count(linear)} × {each:.3f} B + {how}"
+    if run.cpu and run.bits and run.weight_bytes == 2:
+        # What stays as it was read keeps the file mapped, and the pages that were read count as resident.
+        size, how = size + linear * 2, f"{how} + {count(linear)} × 2 B of the mapped file (CPU)"
     models = 1 if run.lora else run.trained_models
     size, how = size * models, how if models == 1 else f"{models} × {how}"
     split = engine.share(sharded and not run.bits)
@@ -259,7 +262,7 @@ def _working(run: Run) -> list[Item]:
     items.append(Item("gradients on their way", f"{count(load.tokens)} tokens × {each:,} B", load.tokens * each, (BACKWARD,)))
     if run.bits:
         n = math.ceil(s.intermediate * s.hidden)
-        items.append(Item("a matrix taken back from its bits", f"{count(n)} × {c} B", n * c, (BACKWARD, ROLLOUT)))
+        items.append(Item("a matrix taken back from its bits", f"{count(n)} × {c} B", n * c, (BACKWARD,)))
     return items
 
 
