@@ -166,6 +166,8 @@ def test_a_checkpoint_of_other_weights_or_another_stage_is_refused(
     out = run(tmp_path / "run", **base, save_steps=2)
     line = fails(capsys, out, **base, resume_from_checkpoint=out / "checkpoint-2", lora_rank=4)
     assert "its weights are of another kind" in line
+    line = fails(capsys, out, **{**base, "max_steps": 1}, resume_from_checkpoint="auto")
+    assert f"--max_steps 1: {out / 'checkpoint-2'} is beyond it" in line
     (out / "checkpoint-2" / "trained.safetensors").unlink()
     assert "is not a checkpoint of posttrain ppo" in fails(capsys, out, **base, resume_from_checkpoint="auto")
 
@@ -369,6 +371,10 @@ def test_half_precision(flags: dict[str, Any], base: dict[str, Any], tmp_path: P
         ({"gradient_checkpointing": True, "padding_free": False}, "--gradient_checkpointing True: needs packed rows"),
         ({"report_to": "wandb"}, "--report_to wandb: not known or not installed"),
         ({"max_steps": 0}, "--max_steps 0 trains nothing"),
+        ({"max_steps": -5}, "--max_steps -5: must be a number of rollouts, or -1"),
+        ({"reward_baseline": "inf"}, "--reward_baseline inf: must be a finite number"),
+        ({"fsdp": True}, "--fsdp shards over processes: start them with torchrun"),
+        ({"deepspeed": "ds.json"}, "--deepspeed shards over processes: start them with torchrun"),
         (
             {"reward_func": f"{REWARDS}:raises"},
             "ppo_rewards.py:raises: raised IndexError: string index out of range (ppo_rewards.py:",
@@ -406,3 +412,24 @@ def test_a_held_out_set_of_a_named_dataset_is_needed_for_evaluation(
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "dataset"))
     flags = {**base, "train_file_dir": None, "dataset_name": tmp_path / "dataset"}
     assert "--eval_steps needs held-out prompts" in fails(capsys, tmp_path / "out", **flags, eval_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "said"),
+    [
+        ("{", {}, "ds.json: cannot be read as JSON"),
+        ("[]", {}, "ds.json: expected an object with zero_optimization"),
+        ('{"zero_optimization": {"stage": 5}}', {}, "ds.json: expected an object with zero_optimization"),
+        ("{}", {"fsdp": True}, "--deepspeed and --fsdp exclude each other"),
+        ("{}", {"load_in_8bit": True}, "--deepspeed: a quantised base stays whole on every process"),
+        ("{}", {"rollout_engine": "vllm"}, "--deepspeed: vLLM is handed whole adapters only"),
+    ],
+)
+def test_what_cannot_be_sharded(
+    content: str, flags: dict[str, Any], said: str, base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "ds.json").write_text(content)
+    assert said in fails(capsys, tmp_path / "out", **base, deepspeed=tmp_path / "ds.json", **flags)

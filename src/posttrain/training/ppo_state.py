@@ -58,6 +58,10 @@ def load_checkpoint(loop: Loop, checkpoint: str) -> None:
     if state["layout"] != loop.engine.name:
         here, there = loop.engine.name or "no DeepSpeed", state["layout"] or "no DeepSpeed"
         raise UserError(f"{checkpoint}: was written under {there}, this run has {here}: its optimizer can only go on as it was")
+    if state["global_step"] > loop.plan.max_steps:
+        raise UserError(
+            f"--max_steps {loop.plan.max_steps}: {checkpoint} is beyond it; ask for more, or name an earlier checkpoint"
+        )
     saved, own = load_file(folder / TRAINED_FILE), dict(_trainable(loop.trained))
     if saved.keys() != own.keys() or any(saved[name].shape != _shape(own[name]) for name in own):
         raise UserError(f"{checkpoint}: its weights are of another kind than this run's: use the flags that it was started with")

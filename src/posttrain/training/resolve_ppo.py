@@ -118,6 +118,13 @@ def steps(config: Config, n_prompts: int) -> int:
 
 
 def _check_numbers(config: Config) -> None:
+    for name in config.values:
+        if isinstance(config[name], float) and not math.isfinite(config[name]):
+            raise UserError(f"--{name} {config[name]}: must be a finite number")
+    if config["max_steps"] < -1:
+        raise UserError(
+            f"--max_steps {config['max_steps']}: must be a number of rollouts, or -1: as many as --num_train_epochs has"
+        )
     for names, fits, said in RANGES:
         for name in names:
             if config[name] is not None and not fits(config[name]):
