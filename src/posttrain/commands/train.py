@@ -33,7 +33,7 @@ from posttrain.training import artifacts
 from posttrain.training.audit import GradientAudit
 from posttrain.training.batches import Groups
 from posttrain.training.callbacks import MetricsFile, Progress
-from posttrain.training.engine_setup import load_whole, shard
+from posttrain.training.engine_setup import check_layout, load_whole, shard
 from posttrain.training.job import agreed_checkpoint, connect, leave_at_exit, lost_connection_told
 from posttrain.training.reference import ReferencePass
 from posttrain.training.resolve import HELD_OUT_FLAGS, check_steps, resolve, training_arguments
@@ -55,6 +55,7 @@ def run(config: Config) -> None:
     load_whole(args)
     leave_at_exit()
     checkpoint = agreed_checkpoint(folder, config["resume_from_checkpoint"])
+    check_layout(checkpoint, args)
     if args.should_save:  # the first process, or with --save_on_each_node that of each node
         sources = {f"--{name}": config[name] for name in SOURCES}
         artifacts.open_run_folder(folder, config["overwrite_output_dir"], bool(config["resume_from_checkpoint"]), sources)

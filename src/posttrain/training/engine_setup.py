@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,3 +105,30 @@ def without_tied(model: nn.Module, weights: dict[str, Any] | None) -> dict[str, 
         return weights
     tied = getattr(unwrap(model), "all_tied_weights_keys", None) or {}
     return {name: weight for name, weight in weights.items() if not (name in tied and tied[name] in weights)}
+
+
+def check_layout(checkpoint: str | None, args: TrainingArguments) -> None:
+    """UserError where the optimizer's state of a checkpoint was written by another engine, which the library would leave out unsaid."""
+    if checkpoint is None:
+        return
+    there, here = _layout(Path(checkpoint)), "plain"
+    if args.deepspeed:
+        stage = "ZeRO-3" if args.hf_deepspeed_config.is_zero3() else "ZeRO-1/2"
+        here = f"DeepSpeed {stage} over {args.world_size} processes"
+    elif args.fsdp:
+        here = "FSDP"
+    if there != here:
+        names = {"plain": "one process or DDP"}
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: was saved by {names.get(there, there)}, and this run is of {names.get(here, here)}:"
+            " the optimizer's state does not carry over; go on with the same, or start a new run from its weights"
+        )
+
+
+def _layout(checkpoint: Path) -> str:
+    shards = list(checkpoint.glob("global_step*/*_optim_states.pt"))
+    if shards:
+        stage = "ZeRO-3" if any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt")) else "ZeRO-1/2"
+        return f"DeepSpeed {stage} over {len(shards)} processes"
+    fsdp = any(checkpoint.glob("pytorch_model_fsdp*")) or (checkpoint / "optimizer.bin").is_file()
+    return "FSDP" if fsdp else "plain"

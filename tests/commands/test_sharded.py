@@ -1,0 +1,154 @@
+"""DeepSpeed and FSDP2 in two processes: the update, the figures and the files are those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from conftest import ROOT
+from posttrain.cli import main
+from preference_runs import lines, logged, pairs, run, weights, words, write
+
+pytest.importorskip("deepspeed")
+CONFIGS = ROOT / "scripts"
+# Several commands by one start of the processes. Exit codes are written down; what DeepSpeed leaves running ends with the process.
+SCRIPT = """
+import json, os, sys
+from posttrain.cli import main
+codes = [main(argv) for argv in json.loads(sys.argv[1])]
+print("codes", codes, flush=True)
+os._exit(0)
+"""
+ENGINES = {
+    "zero1": {"deepspeed": "zero1.json"},
+    "zero2": {"deepspeed": CONFIGS / "deepspeed_zero_stage2_config.json"},
+    "zero3": {"deepspeed": CONFIGS / "deepspeed_zero_stage3_config.json"},
+    "offload": {"deepspeed": CONFIGS / "deepspeed_zero_stage3_offload_config.json"},
+    "fsdp2": {"fsdp": True, "fsdp_config": CONFIGS / "fsdp2_config.json"},
+}
+SHARED: dict[str, Any] = {
+    "optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant", "max_steps": None, "num_train_epochs": 1,
+    "per_device_eval_batch_size": 4,
+}  # fmt: skip
+HALVES = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+
+
+def two_processes(commands: list[list[str]], folder: Path) -> tuple[list[int], str]:
+    """(exit codes, standard error) of commands done one after the other by two processes."""
+    script = folder / "several.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, json.dumps(commands)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.partition("codes ")[2].splitlines()[0]), done.stderr
+
+
+def data(stage: str, folder: Path) -> dict[str, Any]:
+    """13 and 5 rows in global batches of 4: at the end one process has a row too few."""
+    made = {"train": pairs(13), "held_out": pairs(5, "dog")}
+    if stage == "sft":
+        made = {
+            name: [{"conversations": [*p["conversations"], {"from": "gpt", "value": p["chosen"]}]} for p in rows]
+            for name, rows in made.items()
+        }
+    return {
+        "train_file_dir": write(folder / f"{stage}-train.jsonl", made["train"]),
+        "validation_file_dir": write(folder / f"{stage}-held_out.jsonl", made["held_out"]),
+    }
+
+
+def cases(stage: str, name: str) -> dict[str, Any]:
+    """All weights for one of two, an adapter for the other; forward passes in parts; packed rows of two or so."""
+    whole = {"use_peft": False} if name == "whole" else {"forward_tokens": 60}
+    return whole | ({"packing": True, "model_max_length": 64} if stage == "sft" and name != "whole" else {})
+
+
+def compare(one: Path, two: Path) -> None:
+    """Weights, losses and held-out figures are those of one process, in files that stand alone."""
+    assert float((weights(one) - weights(two)).abs().max()) <= 1e-6
+    assert logged(two, "loss") == pytest.approx(logged(one, "loss"), abs=1e-5)
+    assert logged(two, "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-5)
+    steps = [line["step"] for line in lines(one)]
+    assert [line["step"] for line in lines(two)] == steps, "every line is written once"
+    figures = [{k: v for k, v in lines(folder)[-1].items() if k.startswith("eval_")} for folder in (one, two)]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-5, abs=1e-5)
+    if (one / "reward.json").is_file():
+        biases = [json.loads((folder / "reward.json").read_text())["bias"] for folder in (one, two)]
+        assert biases[1] == pytest.approx(biases[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["zero3", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "offload"))],
+)
+def test_two_processes_are_as_one(engine: str, model_folder: Path, tmp_path: Path) -> None:
+    flags = dict(ENGINES[engine])
+    if engine == "zero1":
+        settings = json.loads((CONFIGS / "deepspeed_zero_stage2_config.json").read_text())
+        settings["zero_optimization"]["stage"] = 1
+        flags["deepspeed"] = tmp_path / "zero1.json"
+        flags["deepspeed"].write_text(json.dumps(settings))
+    kinds = [("sft", "whole"), ("sft", "adapter"), ("rm", "adapter"), ("dpo", "whole")]
+    common = {stage: {"model_name_or_path": model_folder, **data(stage, tmp_path), **SHARED} for stage in ("sft", "rm", "dpo")}
+    commands = [
+        words(stage, tmp_path / f"two-{stage}-{kind}", **{**common[stage], **cases(stage, kind), **HALVES, **flags})
+        for stage, kind in kinds
+    ]
+    saving = {
+        **common["sft"],
+        **HALVES,
+        **flags,
+        "use_peft": False,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    commands.append(words("sft", straight, **saving))
+    checkpoint = straight / "checkpoint-2"
+    commands.append(words("sft", again, **saving, resume_from_checkpoint=checkpoint))
+    codes, said = two_processes(commands, tmp_path)
+    assert codes == [0] * len(commands), said
+    assert said.count("gradient audit: 20 of 20 trainable tensors moved") == 3, "said once per job"
+    for stage, kind in kinds:
+        one = run(stage, tmp_path / f"one-{stage}-{kind}", **{**common[stage], **cases(stage, kind)})
+        compare(one, tmp_path / f"two-{stage}-{kind}")
+    assert float((weights(straight) - weights(again)).abs().max()) <= 1e-7, "a resumed run goes on as it would have"
+    saved = load_file(tmp_path / "two-sft-whole" / "model.safetensors")
+    assert "lm_head.weight" not in saved, "a tied matrix is saved once"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "two-sft-whole", dtype=torch.float32)
+    assert torch.equal(model.get_output_embeddings().weight, saved["model.embed_tokens.weight"])
+
+
+def test_a_checkpoint_of_another_engine_is_refused(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The library would take the weights, leave the optimizer's state out, and say nothing."""
+    flags = {"model_name_or_path": model_folder, **data("sft", tmp_path), **SHARED, "max_steps": 1}
+    one = run("sft", tmp_path / "one", **{**flags, "save_strategy": "steps", "save_steps": 1})
+    folder = one / "checkpoint-1" / "global_step1"
+    folder.mkdir()
+    (folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    assert main(words("sft", tmp_path / "two", **flags, resume_from_checkpoint=one / "checkpoint-1")) == 2
+    assert "was saved by DeepSpeed ZeRO-1/2 over 1 processes, and this run is of one process or DDP" in capsys.readouterr().err
+
+
+def test_two_engines_at_once_are_refused(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    flags = {"model_name_or_path": model_folder, **data("sft", tmp_path), **ENGINES["zero3"], **ENGINES["fsdp2"]}
+    assert main(words("sft", tmp_path / "out", **flags)) == 2
+    assert "--deepspeed and --fsdp both shard the model: give one" in capsys.readouterr().err
