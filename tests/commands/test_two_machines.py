@@ -23,7 +23,7 @@ from conftest import ROOT
 from preference_runs import lines, logged, pairs, run, weights, words, write
 
 SCRIPTS = {"sft": "supervised_finetuning.py", "dpo": "dpo_training.py"}
-PATIENCE_SECONDS = 15  # --ddp_timeout
+PATIENCE_SECONDS = 10  # --ddp_timeout
 GUIDE_SECONDS = 300  # for a whole run: this machine may be busy
 
 
@@ -174,6 +174,7 @@ def prepared(folder: Path) -> list[str]:
     return sorted(file.name for file in (folder / "cache" / "datasets").iterdir())
 
 
+@pytest.mark.slow  # one start of four Pythons more than the suite has time for; sft below has the same path
 def test_dpo_on_two_hosts_is_as_on_one_and_only_the_first_saves(hosts: Hosts, model_folder: Path, tmp_path: Path) -> None:
     flags = {**FLAGS, "max_steps": 4}
     hosts.start("dpo", **flags, **deliver(hosts, model_folder, pairs(13)))
