@@ -59,6 +59,8 @@ def run(config: Config) -> None:
     if args.should_save:  # the first process, or with --save_on_each_node that of each node
         sources = {f"--{name}": config[name] for name in SOURCES}
         artifacts.open_run_folder(folder, config["overwrite_output_dir"], bool(config["resume_from_checkpoint"]), sources)
+    for unfinished in artifacts.cut_short(folder) if config["resume_from_checkpoint"] else ():
+        say(f"{folder / unfinished}: cut short before it was whole, passed over")
     say(f"posttrain {config.command}: settings that are not defaults\n{config.table()}")
     tokenizer = load_tokenizer(config["tokenizer_name_or_path"] or config["model_name_or_path"], **source(config))
     if config.command != "pt":

@@ -70,6 +70,11 @@ def whole_checkpoints(folder: Path) -> dict[int, Path]:
     return {int(c.name.rpartition("-")[2]): c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()}
 
 
+def cut_short(folder: Path) -> list[str]:
+    """Names of the checkpoints that a crash left unfinished."""
+    return sorted(c.name for c in folder.glob("checkpoint-*") if not (c / "trainer_state.json").is_file())
+
+
 def _with_state(checkpoint: str) -> str:
     """The checkpoint; UserError when it holds weights only, from which the library would go on without a word."""
     if not any(Path(checkpoint).glob("rng_state*")):

@@ -24,6 +24,8 @@ from posttrain.types import UserError
 
 def engine_arguments(deepspeed: Any, fsdp: Any, on_cpu: bool, timeout_seconds: int) -> dict[str, Any]:
     """Fields of TrainingArguments for the chosen engine. Starts DeepSpeed's communication, which must stand before they are built."""
+    if on_cpu:  # the library imports DeepSpeed where it is installed, which looks for an accelerator and tells that it found none
+        os.environ["DS_ACCELERATOR"] = "cpu"
     sharded = bool(deepspeed) or wants_fsdp(fsdp)
     found: dict[str, Any] = {"fsdp": fsdp_argument(fsdp)} if fsdp else {}
     if not sharded:
@@ -50,8 +52,6 @@ def fsdp_argument(fsdp: Any) -> Any:
 
 def start_deepspeed(on_cpu: bool, timeout_seconds: int) -> None:
     """Connect the processes DeepSpeed's way. Without it the library takes each process for a job of its own on a CPU."""
-    if on_cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     deepspeed: Any = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
