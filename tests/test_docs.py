@@ -23,9 +23,6 @@ NOT_OURS = {  # flags of vllm, torchrun, accelerate and the benchmarks that the 
     "tool-call-parser", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "multi_gpu", "num_processes",
     "num_machines", "mixed_precision", "dynamo_backend", "bytes_only",
 }  # fmt: skip
-    "tool-call-parser", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "multi_gpu", "num_processes",
-    "num_machines", "mixed_precision", "dynamo_backend", "bytes_only",
-}  # fmt: skip
 TABLES = "## Renamed and refused flags"  # the last section of docs/training.md
 LOSSES = config.options_of(cli.COMMANDS["dpo"].groups, True)["loss_type"].choices
 WORDS_OF_EVERY_COMMAND = {"config", "help", "all"}

@@ -87,7 +87,8 @@ class PlanFlags:
     """Plan"""
 
     stage: str = flag(
-        REQUIRED, "Whose run is planned: pt, sft, rm, dpo or ppo. The word after `posttrain plan`; all flags of that stage may follow."
+        REQUIRED,
+        "Whose run is planned: pt, sft, rm, dpo or ppo. The word after `posttrain plan`; all flags of that stage may follow.",
     )
     num_processes: int = flag(1, "Processes of the run, one a device, over all machines.")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "What the run computes on. auto: what this machine has.")
