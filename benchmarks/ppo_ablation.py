@@ -1,6 +1,6 @@
 """What PPO's parts are worth on the toy task of examples/ppo_tiny.py: each is switched off in turn, over several seeds.
 
-    python benchmarks/ppo_ablation.py --seeds 42 1 2 --output_file docs/results/ppo_ablation.md
+    python benchmarks/ppo_ablation.py --seeds 42 1 2 --output_file outputs/ppo_ablation.md
 
 Score and KL are means over the last ten rollouts of a run, then mean and standard deviation over the seeds.
 """
