@@ -122,5 +122,9 @@ def test_gpu_check_dry_run() -> None:
         [sys.executable, ROOT / "benchmarks" / "gpu_check.py"], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| ok |") == 8
+    assert "FAIL" not in done.stdout
+    for check in ("packed = padded, mistral, bfloat16", "SFT, all weights", "SFT, QLoRA", "RM, LoRA", "DPO, LoRA", "PPO, LoRA"):
+        assert f"| {check}" in done.stdout
+    for engine in ("FSDP2", "ZeRO-2", "ZeRO-3"):
+        assert f"| SFT, LoRA, {engine}, one process | step 3/3" in done.stdout
     assert "ours / transformers" in done.stdout

@@ -27,7 +27,21 @@ from posttrain.model.rope import RopeScaling
 from posttrain.model.shards import empty_model, folder_fingerprint
 from posttrain.types import UserError
 
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt2", "gpt_neox", "bloom", "glm4", "cohere2", "olmo2", "phi3", "falcon"]
+FAMILIES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "bloom",
+    "glm4",
+    "cohere2",
+    "olmo2",
+    "phi3",
+    "falcon",
+]
 
 
 @pytest.fixture
