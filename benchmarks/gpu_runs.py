@@ -147,7 +147,7 @@ def stage_lines(folder: Path, shape: dict[str, Any], n_rows: int, longest: int, 
     if importlib.util.find_spec("bitsandbytes") is None:
         yield "QLoRA", "bitsandbytes is not installed: skipped", None
         runs = {name: run for name, run in runs.items() if "QLoRA" not in name}
-    matrices = 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864) + 896 * 151936 if on_gpu else 0
+    matrices = layer_weights(shape)
     for name, (stage, flags) in runs.items():
         kind = "dpo" if stage == "rm" else stage
         figures, said = measure(stage, base, data[kind], folder / "run", **flags)
@@ -172,6 +172,13 @@ def stage_lines(folder: Path, shape: dict[str, Any], n_rows: int, longest: int, 
             line = next((line for line in said.splitlines() if "ttention" in line), "")
             yield f"{name}: says", line.strip(), bool(line)
     yield from ppo_lines(folder, base, data["ppo"], on_gpu)
+
+
+def layer_weights(shape: dict[str, Any]) -> int:
+    """Weights of the matrices of all layers. Like gpu_check's own step this leaves the head out, which only trained tokens pass."""
+    width, heads = shape["hidden_size"], shape["num_attention_heads"]
+    narrow = width // heads * shape["num_key_value_heads"]
+    return int(shape["num_hidden_layers"] * (2 * width * width + 2 * width * narrow + 3 * width * shape["intermediate_size"]))
 
 
 def ppo_lines(folder: Path, base: Path, data: Path, on_gpu: bool) -> Iterator[Line]:

@@ -117,7 +117,7 @@ def widest_logits(loop: Any, rollout: Any) -> dict[str, int]:
 
     groups = rollout.groups[: len(next(loop.cutter.parts(rollout.groups, range(len(rollout.groups)))))]
     found["tokens"] = sum(len(answer) for _, answers in groups for answer in answers)
-    with loop.accelerator.autocast(), Watch():
+    with loop.autocast(), Watch():
         measure(Rollout(groups, [], rollout.scores_S), loop.trained, loop.reference, loop.cutter, loop.sampling.temperature)
     return found
 

@@ -96,7 +96,7 @@ def test_no_memory_is_taken_for_weights(qwen: Path, capsys: pytest.CaptureFixtur
     ("words", "said"),
     [
         (("merge",), "expected one of pt, sft, rm, ppo, dpo"),
-        (("sft", "--deepspeed", "nowhere.json"), "cannot be read as a JSON file"),
+        (("sft", "--deepspeed", "nowhere.json"), "--deepspeed nowhere.json: no such file"),
         (("sft", "--max_target_length", "3"), "--max_target_length is unknown"),
         (("rm", "--example_tokens", "3"), "say --max_source_length"),
         (("sft", "--use_peft", "False", "--qlora", "True"), "quantised weights cannot be trained"),

@@ -374,7 +374,7 @@ def test_half_precision(flags: dict[str, Any], base: dict[str, Any], tmp_path: P
         ({"max_steps": -5}, "--max_steps -5: must be a number of rollouts, or -1"),
         ({"reward_baseline": "inf"}, "--reward_baseline inf: must be a finite number"),
         ({"fsdp": True}, "--fsdp shards over processes: start them with torchrun"),
-        ({"deepspeed": "ds.json"}, "--deepspeed shards over processes: start them with torchrun"),
+        ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: no such file"),
         (
             {"reward_func": f"{REWARDS}:raises"},
             "ppo_rewards.py:raises: raised IndexError: string index out of range (ppo_rewards.py:",
@@ -418,9 +418,9 @@ def test_a_held_out_set_of_a_named_dataset_is_needed_for_evaluation(
     ("content", "flags", "said"),
     [
         ("{", {}, "ds.json: cannot be read as JSON"),
-        ("[]", {}, "ds.json: expected an object with zero_optimization"),
-        ('{"zero_optimization": {"stage": 5}}', {}, "ds.json: expected an object with zero_optimization"),
-        ("{}", {"fsdp": True}, "--deepspeed and --fsdp exclude each other"),
+        ("[]", {}, "ds.json: expected a JSON object"),
+        ('{"zero_optimization": {"stage": 5}}', {}, "ds.json: zero_optimization must be an object with stage 1, 2 or 3"),
+        ("{}", {"fsdp": True}, "--deepspeed and --fsdp both shard the model: give one"),
         ("{}", {"load_in_8bit": True}, "--deepspeed: a quantised base stays whole on every process"),
         ("{}", {"rollout_engine": "vllm"}, "--deepspeed: vLLM is handed whole adapters only"),
     ],

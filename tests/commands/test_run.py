@@ -278,7 +278,7 @@ MISTAKES = [
     ("block_size: 32", "blok_size: 32", ":11:blok_size is unknown: did you mean --block_size?"),
     ("train_file_dir: {here}/text.txt", "train_file_dir: {here}/txt", ":11:train_file_dir {here}/txt: no such file or folder"),
     ("train_file_dir: {here}/text.txt, ", "", ":11: pt needs training data"),
-    ("stage: pt,", "stage: tp,", ":11:stage 'tp': expected one of extend-vocab, pt, sft, rm, dpo, ppo"),
+    ("stage: pt,", "stage: tp,", ":11:stage 'tp': expected one of extend-vocab, pt, sft, rm, ppo, dpo"),
     ("stage: pt, train_file_dir: {here}/text.txt, block_size: 32", "stage: extend-vocab, train_file_dir: {here}/text.txt, vocab_size: 0",
      ":11: --vocab_size 0: expected how many pieces"),
     ("stage: pt, train_file_dir: {here}/text.txt, block_size: 32", "stage: extend-vocab, train_file_dir: {here}/text.txt, merge: false",

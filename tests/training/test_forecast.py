@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from posttrain.commands import plan, ppo
 from posttrain.data.pack import collate
 from posttrain.model import attention, block_attention, head
 from posttrain.model.adapter import Lora, attach_lora
@@ -172,6 +171,5 @@ def test_constants_are_those_of_the_code() -> None:
     assert (forecast.CPU_CHUNK_BYTES, forecast.GPU_CHUNK_BYTES) == (head.CPU_CHUNK_BYTES, head.CHUNK_BYTES)
     assert forecast.ROOM_TOKENS == decode.ROOM_TOKENS
     assert forecast.PROBED_WEIGHTS == attention.CHEAP_PARAMETERS
-    assert plan.ROLLOUT_ROWS == ppo.ROLLOUT_ROWS
     for vocabulary, cpu in ((300, True), (151936, False), (10_000_000, True)):
         assert forecast.chunk_tokens(vocabulary, cpu) == head.chunk_tokens(vocabulary, torch.device("cpu" if cpu else "cuda"))

@@ -13,9 +13,9 @@ import yaml
 
 from posttrain import config
 from posttrain.commands.table import COMMANDS
+from posttrain.commands.table import STAGES as TRAINED
 from posttrain.types import UserError
 
-TRAINED = ("pt", "sft", "rm", "dpo", "ppo")
 STAGES = ("extend-vocab", *TRAINED)
 TOP = ("output_dir", "model_name_or_path", "launcher", "flags", "stages")
 OF_STAGE = ("stage", "name", "from", "merge", "launcher", "config")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from posttrain import flags
+from posttrain.commands.ppo import ROLLOUT_ROWS
 from posttrain.commands.report import quiet_libraries
 from posttrain.config import Config
 from posttrain.model.adapter import Lora
@@ -17,6 +16,7 @@ from posttrain.model.load import read_config
 from posttrain.model.quantize import quantization_of
 from posttrain.model.skeleton import count_adapter, count_weights, lora_of, skeleton
 from posttrain.objectives.dpo import DpoLoss
+from posttrain.training.engine_setup import read_json, read_settings, wants_fsdp
 from posttrain.training.forecast import by_phase, forecast, peak_bytes
 from posttrain.training.forecast_run import ALWAYS, TRAINING, Engine, Item, Load, Rollout, Run, Shape
 from posttrain.training.resolve import GPU_FORWARD_TOKENS, resolve
@@ -24,7 +24,6 @@ from posttrain.training.resolve_context import row_tokens
 from posttrain.training.resolve_ppo import resolve_ppo
 from posttrain.types import UserError
 
-ROLLOUT_ROWS = 64  # of commands/ppo.py; a test holds them equal
 PHASES = {
     "start": "start: the packing proof",
     "rollout": "sampling answers",
@@ -180,14 +179,14 @@ def engine_of(config: Config, world: int) -> Engine:
     """The engine that the flags choose. Raises UserError for a file that cannot be read."""
     deepspeed, fsdp = _given(config, "deepspeed"), _given(config, "fsdp")
     if deepspeed:
-        zero = _json("--deepspeed", deepspeed).get("zero_optimization") or {}
+        zero = read_settings(deepspeed).get("zero_optimization") or {}
         stage = int(zero.get("stage", 0))
         offload = [((zero.get(name) or {}).get("device") or "none") != "none" for name in ("offload_optimizer", "offload_param")]
         return Engine(f"zero{stage}", world, *offload) if stage else Engine("ddp", world)  # type: ignore[arg-type]
-    if fsdp and str(fsdp).lower() not in ("false", "0"):
-        settings = {
-            key.removeprefix("fsdp_"): value for key, value in _json("--fsdp_config", _given(config, "fsdp_config") or {}).items()
-        }
+    if wants_fsdp(fsdp):
+        given = _given(config, "fsdp_config") or {}
+        told = given if isinstance(given, dict) else read_json("--fsdp_config", given)
+        settings = {key.removeprefix("fsdp_"): value for key, value in told.items()}
         offload_all = bool(settings.get("cpu_offload")) or "offload" in str(fsdp)
         return Engine("fsdp2", world, offload_all, offload_all)
     return Engine("ddp" if world > 1 else "one", world)
@@ -196,18 +195,6 @@ def engine_of(config: Config, world: int) -> Engine:
 def _given(config: Config, name: str) -> Any:
     """A flag's value, None in a stage that does not have it."""
     return config[name] if name in config.values else None
-
-
-def _json(flag: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
-    try:
-        read = json.loads(Path(value).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {value}: cannot be read as a JSON file ({error})") from error
-    if not isinstance(read, dict):
-        raise UserError(f"{flag} {value}: expected a JSON object")
-    return read
 
 
 # --- what is printed ---------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from posttrain.objectives.kl import AdaptiveKl, FixedKl, KlController
 from posttrain.objectives.ppo import PpoLoss, PpoSettings
 from posttrain.training import artifacts
 from posttrain.training.audit import Audit
+from posttrain.training.engine_setup import read_settings
 from posttrain.training.engines import RolloutEngine, TorchEngine, VllmEngine
 from posttrain.training.episodes import Episode
 from posttrain.training.job import leave_at_exit
@@ -37,7 +38,7 @@ from posttrain.training.ppo import Loop, Plan, train
 from posttrain.training.ppo_rollout import RewardShape
 from posttrain.training.ppo_state import load_checkpoint, save_policy, save_value, whole
 from posttrain.training.resolve import HELD_OUT_FLAGS
-from posttrain.training.resolve_ppo import read_settings, resolve_ppo, steps
+from posttrain.training.resolve_ppo import resolve_ppo, steps
 from posttrain.training.rollout import Sampling
 from posttrain.training.sharding import DeepSpeed, Engine, FullyShard, Replicated
 from posttrain.types import UserError

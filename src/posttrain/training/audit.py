@@ -19,7 +19,7 @@ AUDIT_STEPS = 3  # the first step has learning rate 0 under warm-up, and LoRA's 
 
 def fingerprint(tensor: Tensor) -> tuple[float, float]:
     """Two sums that change when any element does (up to rounding); cheap, and no copy of the model."""
-    values = own_part(tensor.detach() if not hasattr(tensor, "ds_tensor") else tensor).reshape(-1)
+    values = own_part(tensor).detach().reshape(-1)
     values = values.view(torch.uint8) if not values.is_floating_point() else values
     chunks = values.split(1 << 22)
     total = sum(float(chunk.double().sum()) for chunk in chunks)
@@ -29,11 +29,8 @@ def fingerprint(tensor: Tensor) -> tuple[float, float]:
 
 def own_part(tensor: Any) -> Tensor:
     """What this process holds of a tensor: its shard under ZeRO-3 and FSDP2, else all of it."""
-    if hasattr(tensor, "ds_tensor"):
-        shard: Tensor = tensor.ds_tensor.detach()
-        return shard
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else getattr(tensor, "ds_tensor", tensor)
+    return part
 
 
 class Audit:

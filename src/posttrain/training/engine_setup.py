@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -26,18 +28,51 @@ def engine_arguments(deepspeed: Any, fsdp: Any, on_cpu: bool, timeout_seconds: i
     """Fields of TrainingArguments for the chosen engine. Starts DeepSpeed's communication, which must stand before they are built."""
     if on_cpu:  # the library imports DeepSpeed where it is installed, which looks for an accelerator and tells that it found none
         os.environ["DS_ACCELERATOR"] = "cpu"
-    sharded = bool(deepspeed) or wants_fsdp(fsdp)
     found: dict[str, Any] = {"fsdp": fsdp_argument(fsdp)} if fsdp else {}
-    if not sharded:
+    if not (deepspeed or wants_fsdp(fsdp)):
         return found
-    if deepspeed and wants_fsdp(fsdp):
-        raise UserError("--deepspeed and --fsdp both shard the model: give one")
     if on_cpu and torch.accelerator.is_available():
         engine = "--deepspeed" if deepspeed else "--fsdp"
         raise UserError(f"--use_cpu True with {engine}: the engine takes this machine's accelerator; leave one of the two out")
     if deepspeed:
         start_deepspeed(on_cpu, timeout_seconds)
     return found
+
+
+def check_engines(deepspeed: Any, fsdp: Any) -> None:
+    """Raises UserError for an engine that cannot start: its file, its package, processes to shard over, or another engine beside it."""
+    if deepspeed and wants_fsdp(fsdp):
+        raise UserError("--deepspeed and --fsdp both shard the model: give one")
+    if deepspeed:
+        if isinstance(deepspeed, str):
+            read_settings(deepspeed)
+        if importlib.util.find_spec("deepspeed") is None:
+            raise UserError("--deepspeed needs the package: pip install 'posttrain[deepspeed]'")
+    for flag, wanted in (("deepspeed", deepspeed), ("fsdp", wants_fsdp(fsdp))):
+        if wanted and "WORLD_SIZE" not in os.environ:
+            raise UserError(f"--{flag} shards over processes: start them with torchrun --nproc_per_node, also a single one")
+
+
+def read_settings(file: str) -> dict[str, Any]:
+    """The content of a DeepSpeed file. Raises UserError where it is none."""
+    settings = read_json("--deepspeed", file)
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"--deepspeed {file}: zero_optimization must be an object with stage 1, 2 or 3")
+    return settings
+
+
+def read_json(flag: str, file: str) -> dict[str, Any]:
+    """The object in an engine's file."""
+    if not Path(file).is_file():
+        raise UserError(f"{flag} {file}: no such file")
+    try:
+        read = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {file}: cannot be read as JSON ({error})") from error
+    if not isinstance(read, dict):
+        raise UserError(f"{flag} {file}: expected a JSON object")
+    return read
 
 
 def wants_fsdp(fsdp: Any) -> bool:

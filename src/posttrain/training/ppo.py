@@ -96,8 +96,7 @@ def train(loop: Loop) -> str | None:
     if loop.held_out is not None and loop.step == 0:
         loop.on_log(0, evaluate(loop), None)
     if loop.audit is not None and loop.step < plan.max_steps:
-        with loop.engine.gathered():
-            loop.audit.begin(loop.trained)
+        loop.audit.begin(loop.trained)
     while loop.step < plan.max_steps:
         clock = Clock()
         rollout = collect(loop, clock)
@@ -118,8 +117,7 @@ def train(loop: Loop) -> str | None:
         if objection:
             return objection  # nothing is saved over the last good checkpoint
         if loop.audit is not None and (loop.step == first + AUDIT_STEPS or (last and loop.step < first + AUDIT_STEPS)):
-            with loop.engine.gathered():
-                loop.on_audit(loop.audit.compare(loop.trained))
+            loop.on_audit(loop.audit.compare(loop.trained))
         if loop.held_out is not None and (last or (plan.eval_steps and loop.step % plan.eval_steps == 0)):
             loop.on_log(loop.step, evaluate(loop), None)
         if plan.save_steps and loop.step % plan.save_steps == 0:
@@ -189,9 +187,12 @@ def update_once(loop: Loop, rollout: Rollout, indices: Sequence[int], sums: Sums
     Returns a function, a collective: how far the policy was from the rollout's (k3, nats a token).
     """
     rank, world = loop.accelerator.process_index, loop.accelerator.num_processes
-    by_process = [list(loop.cutter.parts(rollout.groups, indices[other::world])) for other in range(world)]
-    parts = by_process[rank]
-    passes = max(map(len, by_process)) if loop.engine.lockstep else len(parts)
+
+    def cut(process: int) -> list[Any]:
+        return list(loop.cutter.parts(rollout.groups, indices[process::world]))
+
+    parts = cut(rank)
+    passes = max(len(cut(process)) for process in range(world)) if loop.engine.lockstep else len(parts)
     tokens = sum(len(answer) for index in indices for answer in rollout.groups[index][1])
     own = Sums(loop.reduce)
     for number in range(passes):

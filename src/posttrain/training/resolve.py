@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import multiprocessing
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from posttrain import hf_flags
 from posttrain.config import Config
 from posttrain.model.load import hardware_dtype
 from posttrain.objectives.dpo import DpoLoss
-from posttrain.training.engine_setup import engine_arguments
+from posttrain.training.engine_setup import check_engines, engine_arguments
 from posttrain.training.resolve_context import resolve_context
 from posttrain.training.resolve_quantized import resolve_optimizer, resolve_quantized
 from posttrain.types import UserError
@@ -199,14 +197,7 @@ def _check_library(config: Config, on_cpu: bool) -> None:
     for name in ("log_level", "log_level_replica"):
         if config[name] not in trainer_log_levels:
             raise UserError(f"--{name} {config[name]}: expected one of {', '.join(trainer_log_levels)}")
-    if config["fsdp"] and "WORLD_SIZE" not in os.environ:
-        raise UserError("--fsdp shards over processes: start them with torchrun --nproc_per_node")
-    if isinstance(config["deepspeed"], str) and not Path(config["deepspeed"]).is_file():
-        raise UserError(f"--deepspeed {config['deepspeed']}: no such file")
-    if config["deepspeed"] and importlib.util.find_spec("deepspeed") is None:
-        raise UserError("--deepspeed needs the package: pip install 'posttrain[deepspeed]'")
-    if config["deepspeed"] and "WORLD_SIZE" not in os.environ:
-        raise UserError("--deepspeed shards over processes: start them with torchrun --nproc_per_node, also a single one")
+    check_engines(config["deepspeed"], config["fsdp"])
     check_reporting(config["report_to"])
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import logging
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from posttrain.config import Config
 from posttrain.model.load import hardware_dtype
+from posttrain.training.engine_setup import check_engines
 from posttrain.training.resolve import CPU_FORWARD_TOKENS, GPU_FORWARD_TOKENS, HELD_OUT_FLAGS, check_reporting, check_sources
 from posttrain.training.resolve_quantized import resolve_quantized
 from posttrain.types import UserError
@@ -75,37 +72,16 @@ def resolve_ppo(config: Config) -> Config:
     return config if config["logging_dir"] else config.replace("logging_dir", str(Path(config["output_dir"], "logs")))
 
 
-def read_settings(file: str) -> dict[str, Any]:
-    """The content of a DeepSpeed file. Raises UserError where it is none."""
-    try:
-        settings: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--deepspeed {file}: cannot be read as JSON ({error})") from error
-    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise UserError(f"--deepspeed {file}: expected an object with zero_optimization: {{stage: 1, 2 or 3, …}}")
-    return settings
-
-
 def _check_engine(config: Config) -> None:
     """Sharding: what it needs, and what cannot be sharded."""
+    check_engines(config["deepspeed"], config["fsdp"])
     for flag in ("deepspeed", "fsdp"):
-        if not config[flag]:
-            continue
-        if "WORLD_SIZE" not in os.environ:
-            raise UserError(f"--{flag} shards over processes: start them with torchrun --nproc_per_node")
-        if config["load_in_4bit"] or config["load_in_8bit"]:
+        if config[flag] and (config["load_in_4bit"] or config["load_in_8bit"]):
             raise UserError(
                 f"--{flag}: a quantised base stays whole on every process: leave --{flag} out, only adapters are exchanged"
             )
-        if config["rollout_engine"] == "vllm":
+        if config[flag] and config["rollout_engine"] == "vllm":
             raise UserError(f"--{flag}: vLLM is handed whole adapters only: use --rollout_engine torch, or leave --{flag} out")
-    if config["deepspeed"] and config["fsdp"]:
-        raise UserError("--deepspeed and --fsdp exclude each other")
-    if config["deepspeed"]:
-        if importlib.util.find_spec("deepspeed") is None:
-            raise UserError("--deepspeed needs the package: pip install 'posttrain[deepspeed]'")
-        read_settings(config["deepspeed"])
 
 
 def steps(config: Config, n_prompts: int) -> int:
