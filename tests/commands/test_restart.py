@@ -28,7 +28,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-# Three restarts: gloo at times fails to connect in the second life ("Connection refused"), which takes one more.
+# Not reliable: in a later life gloo at times fails to connect ("Connection refused"), which three restarts allow for, or waits until its
+# timeout, which fails the test. docs/distributed.md says so.
 @pytest.mark.slow
 def test_a_job_goes_on_after_a_process_died(model_folder: Path, tmp_path: Path) -> None:
     flags = {
