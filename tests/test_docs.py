@@ -21,7 +21,7 @@ READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 NOT_OURS = {  # flags of vllm, torchrun, accelerate and the benchmarks that the guides show
     "tool-call-parser", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "multi_gpu", "num_processes",
-    "num_machines", "mixed_precision", "dynamo_backend", "bytes_only",
+    "num_machines", "mixed_precision", "dynamo_backend", "bytes_only", "max_restarts",
 }  # fmt: skip
 TABLES = "## Renamed and refused flags"  # the last section of docs/training.md
 LOSSES = config.options_of(cli.COMMANDS["dpo"].groups, True)["loss_type"].choices
