@@ -96,6 +96,7 @@ ABOUT_MODELS = {"model_type", "device_map", "use_fast_tokenizer"}
 
 _OWN_LOSS = "the loss here is a sum over target log-probs divided once by the step's weight"
 _EVAL_TYPE = "evaluation computes in the types of training: see --bf16 and --dtype"
+_LIGER = "--fused uses its kernels for norms, MLPs and rotary positions where the package is installed, and the fused loss is built in"
 _COMPILE = "every batch has a length and segments of its own, and the compiler would compile for each of them"
 REFUSED: dict[str, str] = {
     "label_smoothing_factor": _OWN_LOSS,
@@ -112,8 +113,8 @@ REFUSED: dict[str, str] = {
     "fp16_full_eval": _EVAL_TYPE,
     "do_predict": "use `posttrain generate`",
     "label_names": "the columns of a batch are ours",
-    "use_liger_kernel": "the fused loss is built in and on",
-    "liger_kernel_config": "the fused loss is built in and on",
+    "use_liger_kernel": _LIGER,
+    "liger_kernel_config": _LIGER,
     "auto_find_batch_size": "it would change the update without a word; lower --per_device_train_batch_size",
     "torch_compile": _COMPILE,
     "torch_compile_backend": _COMPILE,

@@ -21,7 +21,7 @@ from posttrain.training.forecast import by_phase, forecast, peak_bytes
 from posttrain.training.forecast_run import ALWAYS, TRAINING, Engine, Item, Load, Rollout, Run, Shape
 from posttrain.training.resolve import GPU_FORWARD_TOKENS, resolve
 from posttrain.training.resolve_context import row_tokens
-from posttrain.training.resolve_ppo import resolve_ppo
+from posttrain.training.resolve_ppo import pass_tokens, resolve_ppo
 from posttrain.types import UserError
 
 PHASES = {
@@ -142,8 +142,9 @@ def shape_of(config: Config) -> Shape:
 
 def load_of(config: Config, wanted: flags.PlanFlags) -> Load:
     """The largest part that is computed at once, rows as long as the flags allow."""
-    stage, limit = config.command, config["forward_tokens"]
+    stage = config.command
     pairs, ppo = stage in ("rm", "dpo"), stage == "ppo"
+    limit = pass_tokens(config) if ppo else config["forward_tokens"]
     if wanted.example_tokens is not None and (pairs or ppo):
         raise UserError(f"--example_tokens is for pt and sft; in {stage} say --max_source_length and --max_target_length")
     if pairs or ppo:

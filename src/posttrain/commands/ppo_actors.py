@@ -39,6 +39,7 @@ from posttrain.model.policy_value import (
 from posttrain.model.reward import has_score_head, load_reward_model, score_head
 from posttrain.training.episodes import Episode
 from posttrain.training.ppo_rollout import Cutter
+from posttrain.training.resolve_ppo import pass_tokens
 from posttrain.training.reward_foreign import load_text_tokenizer
 from posttrain.training.reward_sources import build_reward_sources, check_lineage, other_tokens
 from posttrain.training.rewards import TokenReward
@@ -63,14 +64,14 @@ def build_actors(config: Config, tokenizer: Any, device: torch.device) -> Actors
     roles = _adapter_roles(config, policy, tokenizer) if adapters else _whole_models(config, policy, tokenizer)
     reference, own_value, reward_head = roles
     models: list[Any] = list({id(r.model): r.model for r in (Role(policy), own_value, reference) if r is not None}.values())
-    packed = _prepare(config, models)
+    packed = _prepare(config, models, device.type)
     for model in models:
         model.to(device)
     hidden_size = unwrap(policy).config.get_text_config().hidden_size
     trained = PolicyAndValue(Role(policy, POLICY if adapters else None), own_value, hidden_size).to(device)
     set_mode(trained, config["gradient_checkpointing"], packed)
     say(f"PPO: {trainable_summary(trained)}")
-    cutter = Cutter(collate_branches if packed else collate_branches_padded, config["forward_tokens"], device, padded=not packed)
+    cutter = Cutter(collate_branches if packed else collate_branches_padded, pass_tokens(config), device, padded=not packed)
     adapter_reward = None
     if reward_head is not None:
         score = partial(reward_scores, Role(policy, REWARD), reward_head.to(device))
@@ -134,7 +135,7 @@ def _is_twin(reward: Any, policy: Any) -> bool:
     return stores_score_head(reward) and reward.num_labels == 1 and shapes[0] == shapes[1]
 
 
-def _prepare(config: Config, models: list[nn.Module]) -> bool:
+def _prepare(config: Config, models: list[nn.Module], device: str) -> bool:
     """Segments, log-probs and fused passes; returns whether rows are packed, which all models must agree on."""
     packed = config["padding_free"]
     for model in models:
@@ -148,7 +149,7 @@ def _prepare(config: Config, models: list[nn.Module]) -> bool:
             if model is models[0]:
                 say(f"log-probs: {how.reason}")
         if config["fused"]:
-            replaced = fuse(model)
+            replaced = fuse(model, device)
             if model is models[0]:
                 say(f"fused: {replaced}")
     return bool(packed)

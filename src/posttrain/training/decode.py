@@ -98,9 +98,33 @@ class Continuation:
         self.forward_passes = 0
         self.forward_tokens = 0  # with padding and with rows that have stopped: what was computed
 
+    @property
+    def layers(self) -> list[Any]:
+        """The cache of every layer."""
+        return self._cache.layers
+
+    @property
+    def mask_BT(self) -> Tensor:  # noqa: N802 - axis suffixes
+        """1 for what has been computed of a row, 0 before its prompt."""
+        return self._mask_BT[:, : self._width]
+
+    @property
+    def takes_positions_and_wanted(self) -> bool:
+        """Whether the model's forward has both keywords."""
+        return self._takes_positions and self._takes_wanted
+
+    def count(self, n_rows: int) -> None:
+        """A step that was taken elsewhere, for so many rows."""
+        self.forward_passes += 1
+        self.forward_tokens += n_rows
+
+    def release(self) -> None:
+        """Let go of the cache, that was copied elsewhere."""
+        self._cache.layers = []
+
     def prefill(self) -> Tensor:
         """Logits (B, V) of the first new token, in float32."""
-        mask_BT = self._mask_BT[:, : self._width]
+        mask_BT = self.mask_BT
         positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
         if self._packs:
             return self._prefill_packed(mask_BT.bool(), positions_BT)
@@ -111,8 +135,7 @@ class Continuation:
         positions = self._positions(self._next_B[:, None])
         self._next_B = self._next_B + 1
         self._width += 1
-        mask_BT = self._mask_BT[:, : self._width]
-        return self._logits(tokens_B[:, None], self._last, self._cache, attention_mask=mask_BT, **positions)[:, 0]
+        return self._logits(tokens_B[:, None], self._last, self._cache, attention_mask=self.mask_BT, **positions)[:, 0]
 
     def take(self, rows_B: Tensor) -> None:
         """Go on with these rows, in this order; a row may be taken more than once."""
@@ -175,8 +198,26 @@ def chooser(temperature: float, top_k: int, top_p: float) -> Choose:
     return choose
 
 
-def decode(batch: Continuation, uniform_BR: Tensor, stop_ids: Sequence[int], choose: Choose) -> list[list[int]]:
-    """New tokens of every row, through its first stop token or R of them. Rows are prompt-major.
+def prefilled(batch: Continuation, n_rows: int) -> Tensor:
+    """Logits (B, V) of the first new token of `n_rows` rows, prompt-major: every prompt is computed once and its row then repeated."""
+    logits_BV = batch.prefill()
+    if n_rows == len(logits_BV):
+        return logits_BV
+    prompt_B = torch.arange(n_rows, device=logits_BV.device) // (n_rows // len(logits_BV))
+    batch.take(prompt_B)
+    return logits_BV[prompt_B]
+
+
+def check_numbers(logits_BV: Tensor) -> None:
+    """Raises UserError when logits are no numbers."""
+    if bool(logits_BV.isnan().any()):
+        raise UserError("the model's logits are not numbers any more: training has diverged, lower --learning_rate")
+
+
+def decode(
+    batch: Continuation, logits_BV: Tensor, uniform_BR: Tensor, stop_ids: Sequence[int], choose: Choose
+) -> list[list[int]]:
+    """New tokens of every row of a prefilled batch, through its first stop token or R of them; `logits_BV` are the first token's.
 
     Raises UserError when the model's logits are no numbers.
     """
@@ -187,11 +228,6 @@ def decode(batch: Continuation, uniform_BR: Tensor, stop_ids: Sequence[int], cho
     length_B = torch.zeros(n_rows, dtype=torch.long, device=device)
     stopped_B = torch.zeros(n_rows, dtype=torch.bool, device=device)
     rows_B = torch.arange(n_rows, device=device)  # the rows still in the batch
-    logits_BV = batch.prefill()
-    if n_rows > len(logits_BV):
-        prompt_B = rows_B // (n_rows // len(logits_BV))
-        batch.take(prompt_B)
-        logits_BV = logits_BV[prompt_B]
     for step in range(longest):
         next_B = choose(logits_BV, uniform_BR[rows_B, step])
         tokens_BR[rows_B, step] = next_B
@@ -204,6 +240,5 @@ def decode(batch: Continuation, uniform_BR: Tensor, stop_ids: Sequence[int], cho
             batch.take(going_B)
             rows_B, next_B = rows_B[going_B], next_B[going_B]
         logits_BV = batch.append(next_B)
-    if bool(logits_BV.isnan().any()):
-        raise UserError("the model's logits are not numbers any more: training has diverged, lower --learning_rate")
+    check_numbers(logits_BV)
     return [row[:length] for row, length in zip(tokens_BR.tolist(), length_B.tolist(), strict=True)]

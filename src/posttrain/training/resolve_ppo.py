@@ -23,7 +23,7 @@ VALUE_FACTOR = 10.0  # the value head starts at zero and has far to go
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (
         ("rollout_batch_size", "num_generations", "mini_batch_size", "num_ppo_epochs", "max_target_length", "logging_steps",
-         "save_total_limit", "lora_rank", "kl_horizon"), lambda x: x >= 1, "at least 1",
+         "save_total_limit", "lora_rank", "kl_horizon", "ddp_timeout"), lambda x: x >= 1, "at least 1",
     ),
     (
         ("init_kl_coef", "missing_eos_penalty", "eval_steps", "save_steps", "weight_decay", "warmup_steps", "max_grad_norm", "seed"),
@@ -38,6 +38,12 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("max_source_length",), lambda x: x >= 2, "at least 2 tokens"),
 )  # fmt: skip
 ADAPTER_FLAGS = ("peft_path", "use_dora", "use_rslora", "lora_rank", "lora_alpha", "target_modules")
+
+
+def pass_tokens(config: Config) -> int:
+    """Most tokens of a micro-batch (0: no limit): policy and value are computed side by side, so that one of layers of its own halves it."""
+    tokens: int = config["forward_tokens"]
+    return max(1, tokens // 2) if tokens > 0 and config["value_sharing"] == "adapter" else tokens
 
 
 def resolve_ppo(config: Config) -> Config:

@@ -89,7 +89,7 @@ def load_reward(
     packed = how.padding_free and enable_segments(model).packed
     install_scores(model)
     if how.fused:
-        fuse(model)
+        fuse(model, torch.device(device).type)
     logger.info("reward model %s: reads the policy's tokens, %s", name, "without padding" if packed else "padded")
     return TokenReward(MODEL, Scorer(model, packed, batch_rows, max(how.forward_tokens, 0)), read_bias(folder))
 

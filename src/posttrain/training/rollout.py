@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from posttrain.model.attention import evaluation, unwrap
-from posttrain.training.decode import Continuation, can_continue, chooser, decode, left_pad
+from posttrain.training.decode import Continuation, can_continue, chooser, decode, left_pad, prefilled
+from posttrain.training.decode_graph import Recorder
 from posttrain.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -102,12 +103,14 @@ def generate(
     )  # the longest first: memory that does not suffice shows early
     batch_prompts = max(1, settings.batch_rows // settings.num_generations)
     answers: dict[int, list[list[int]]] = {}
+    choose = chooser(settings.temperature, settings.top_k, settings.top_p)
+    recorder = Recorder(model, choose, settings.stop_ids)
     with evaluation(model):
         for start in range(0, len(order), batch_prompts):
             batch = order[start : start + batch_prompts]
             texts, streams = [prompts[i] for i in batch], [numbers[i] for i in batch]
             if continues:
-                rows = _decode(model, texts, settings, uniform(seed, streams, settings), figures)
+                rows = _decode(model, texts, settings, uniform(seed, streams, settings), recorder, figures)
             else:
                 rows = _library(model, texts, settings, seed + streams[0])
             k = settings.num_generations
@@ -128,11 +131,16 @@ def uniform(seed: int, numbers: Sequence[int], settings: Sampling) -> Tensor:
 
 
 def _decode(
-    model: nn.Module, prompts: list[list[int]], settings: Sampling, uniform_BR: Tensor, figures: RolloutFigures
-) -> list[list[int]]:
+    model: nn.Module, prompts: list[list[int]], settings: Sampling, uniform_BR: Tensor, recorder: Recorder, figures: RolloutFigures
+) -> list[list[int]]:  # fmt: skip
     batch = Continuation(model, prompts, settings.pad_id, settings.max_new_tokens)
-    choose = chooser(settings.temperature, settings.top_k, settings.top_p)
-    rows = decode(batch, uniform_BR.to(unwrap(model).device), settings.stop_ids, choose)
+    uniform_BR = uniform_BR.to(unwrap(model).device)
+    logits_BV = prefilled(batch, len(uniform_BR))
+    step = recorder.step(batch, logits_BV.shape[-1], settings.max_new_tokens)
+    if step is not None:
+        rows = step.run(batch, logits_BV, uniform_BR)
+    else:
+        rows = decode(batch, logits_BV, uniform_BR, settings.stop_ids, recorder.choose)
     figures.forward_passes += batch.forward_passes
     figures.forward_tokens += batch.forward_tokens
     return rows
