@@ -37,7 +37,7 @@ def summary(mean: float, std: float = 2.0, style: float = 0.5) -> Summary:
     [
         (summary(3.0), 5.0, [True, True, True]),
         (summary(2.99), 5.0, [False, True, True]),  # by 1.99 where 2 are asked for
-        (summary(3.0, std=0.1), 5.0, [True, True, True]),  # the SFT model's deviation counts, not that of PPO's answers
+        (summary(3.0, std=5.0), 5.0, [True, True, True]),  # the SFT model's deviation counts, not that of PPO's answers
         (summary(3.0, style=0.49), 5.0, [True, False, True]),
         (summary(3.0), 10.01, [True, True, False]),
         (summary(3.0), None, [True, True, False]),  # what was not measured does not hold
