@@ -442,6 +442,21 @@ def deepspeed(lab: Lab) -> None:
     assert (chosen, settings["zero_optimization"]["stage"]) == ("DeepSpeed", 2)
 
 
+@probe("ppo", "ddp_timeout")
+def ddp_timeout(lab: Lab) -> None:
+    found: list[int] = []
+
+    def stop(on_cpu: bool, backend: str | None, timeout_seconds: int) -> None:
+        found.append(timeout_seconds)
+        raise UserError("stopped before processes meet")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("posttrain.commands.ppo.connect", stop)
+        for flags in ({}, {"ddp_timeout": 60}):
+            lab.run("ppo", **flags)
+    assert found == [1800, 60]
+
+
 @probe("ppo", "seed")
 def seed(lab: Lab) -> None:
     one, other = lab.ppo(), lab.ppo(seed=7)

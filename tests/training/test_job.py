@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch import distributed
 
 from posttrain.training import job
 from posttrain.types import UserError
@@ -53,7 +57,7 @@ def test_a_lost_connection_is_one_line_and_other_errors_pass(tmp_path: Path, mon
     folder = checkpoints(tmp_path, 5)
 
     def fail(text: str) -> None:
-        with job.lost_connection_told("while training", 30, folder):
+        with job.lost_connection_told(30, folder):
             raise RuntimeError(text)
 
     lost = "[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 30000ms for recv operation to complete"
@@ -70,3 +74,39 @@ def test_a_lost_connection_is_one_line_and_other_errors_pass(tmp_path: Path, mon
 def test_the_interface_is_the_one_that_leads_there() -> None:
     assert job._interface_towards("127.0.0.1") == "lo"
     assert job._interface_towards("no.such.host.invalid") is None
+
+
+def lives(shared: distributed.Store, world: int, late: int | None = None) -> list[distributed.Store]:
+    """What the processes of one life get; process `late` comes when the others have waited."""
+    found: dict[int, distributed.Store] = {}
+
+    def live(rank: int) -> None:
+        if rank == late:
+            time.sleep(0.2)
+        found[rank] = job.store_of_this_life(shared, rank, world, timedelta(seconds=20))
+
+    threads = [threading.Thread(target=live, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return [found[rank] for rank in range(world)]
+
+
+@pytest.mark.parametrize("late", [None, 0, 2])
+def test_a_life_of_the_job_finds_nothing_that_an_earlier_one_left(late: int | None) -> None:
+    """torchrun's store outlives its processes: addresses of those that have ended stand in it."""
+    shared = distributed.HashStore()
+    for address in ("first", "second", "third"):
+        stores = lives(shared, 3, late)
+        assert not any(store.check(["address"]) for store in stores)
+        stores[1].set("address", address)
+        assert [store.get("address") for store in stores] == [address.encode()] * 3
+        shared.add(f"{job._LIFE}/asked", 1)  # of a process that was ended before it had its answer
+
+
+def test_a_process_that_does_not_come_is_named() -> None:
+    with pytest.raises(distributed.DistStoreError, match="Timed out waiting for process 1, 2"):
+        job.store_of_this_life(distributed.HashStore(), 0, 3, timedelta(seconds=0.05))
+    with pytest.raises(distributed.DistStoreError):
+        job.store_of_this_life(distributed.HashStore(), 1, 3, timedelta(seconds=0.05))

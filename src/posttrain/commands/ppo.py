@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from transformers import get_scheduler, set_seed
 
 from posttrain import flags
@@ -33,7 +35,7 @@ from posttrain.training.audit import Audit
 from posttrain.training.engine_setup import read_settings
 from posttrain.training.engines import RolloutEngine, TorchEngine, VllmEngine
 from posttrain.training.episodes import Episode
-from posttrain.training.job import leave_at_exit
+from posttrain.training.job import agreed_checkpoint, connect, leave_at_exit, lost_connection_told
 from posttrain.training.ppo import Loop, Plan, train
 from posttrain.training.ppo_rollout import RewardShape
 from posttrain.training.ppo_state import load_checkpoint, save_policy, save_value, whole
@@ -51,19 +53,26 @@ ROLLOUT_ROWS = 64  # answers decoded at once
 
 
 def run(config: Config) -> None:
-    """prompts → policy, value, reference, reward → the loop → artifacts."""
+    """The flags, checked and completed, and the processes that they are for."""
     quiet_libraries()
     config = resolve_ppo(config)
-    folder = Path(config["output_dir"])
-    checkpoint = artifacts.find_checkpoint(folder, config["resume_from_checkpoint"])
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # as the library's own settings do: a stage before it may have left one
+    # As the library's own settings do: a stage before it may have left one.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    connect(config["use_cpu"], None, config["ddp_timeout"])
     accelerator = Accelerator(
         cpu=config["use_cpu"], log_with=_trackers(config),
         project_dir=config["logging_dir"],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config["ddp_timeout"]))],
     )  # fmt: skip
     leave_at_exit()
+    with lost_connection_told(config["ddp_timeout"], Path(config["output_dir"])):
+        run_connected(config, accelerator)
+
+
+def run_connected(config: Config, accelerator: Accelerator) -> None:
+    """prompts → policy, value, reference, reward → the loop → artifacts."""
+    folder = Path(config["output_dir"])
+    checkpoint = agreed_checkpoint(folder, config["resume_from_checkpoint"])
     if accelerator.is_main_process:
         named = {f"--{name}": config[name] for name in SOURCES}
         artifacts.open_run_folder(folder, config["overwrite_output_dir"], bool(config["resume_from_checkpoint"]), named)

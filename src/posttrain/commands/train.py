@@ -46,14 +46,20 @@ SOURCES = ("model_name_or_path", "tokenizer_name_or_path", "peft_path", "train_f
 
 
 def run(config: Config) -> None:
-    """config → data → template → tokenize → pack → model + adapter → objective → trainer → artifacts."""
+    """The flags, checked and completed, and the processes that they are for."""
     quiet_libraries()
     config = resolve(config)
-    folder = Path(config["output_dir"])
     connect(config["use_cpu"], config["ddp_backend"], config["ddp_timeout"])
     args = training_arguments(config)
     load_whole(args)
     leave_at_exit()
+    with lost_connection_told(config["ddp_timeout"], Path(config["output_dir"])):
+        run_connected(config, args)
+
+
+def run_connected(config: Config, args: TrainingArguments) -> None:
+    """data → template → tokenize → pack → model + adapter → objective → trainer → artifacts."""
+    folder = Path(config["output_dir"])
     checkpoint = agreed_checkpoint(folder, config["resume_from_checkpoint"])
     check_layout(checkpoint, args)
     if args.should_save:  # the first process, or with --save_on_each_node that of each node
@@ -131,7 +137,7 @@ def build_trainer(
     packed = prepare_forward(config, model, args)
     install_head(config, model)
     if config["fused"]:
-        say(f"fused: {fuse(model)}")
+        say(f"fused: {fuse(model, args.device.type)}")
     objective, collate = build_objective(config), collator(config, packed)
     if isinstance(objective, Preference) and objective.loss.needs_reference:
         weights = [*(parent["hash"] for parent in parents.values()), *filter(None, [quantization(config)])]
@@ -185,8 +191,7 @@ def train_and_evaluate(config: Config, trainer: ObjectiveTrainer, folder: Path, 
     if config["do_train"]:
         if checkpoint:
             say(f"resuming from {checkpoint}: weights, optimizer, schedule, order of the data and random state")
-        with lost_connection_told("while training", config["ddp_timeout"], folder):
-            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(folder))
         if trainer.args.should_save:
             trainer.state.save_to_json(str(folder / "trainer_state.json"))

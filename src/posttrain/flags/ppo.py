@@ -85,6 +85,7 @@ class LoopFlags:
     use_cpu: bool = flag(False, "Train on the CPU even if there is an accelerator.")
     fsdp: bool = flag(False, "Shard the trained module and its base over the processes of torchrun (FSDP2).")
     deepspeed: str | None = flag(None, "The same by DeepSpeed: its JSON file; of it, ZeRO's settings count.")
+    ddp_timeout: int = flag(1800, "Seconds that a process waits for the others, in each exchange, before it takes them for lost.")
     seed: int = flag(42, "Of the order of prompts, the samples, the minibatches and new weights.")
     logging_steps: int = flag(1, "Rollouts between two log lines.")
     eval_steps: int = flag(0, "Rollouts between two evaluations on the held-out prompts. 0: none.")

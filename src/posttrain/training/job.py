@@ -6,10 +6,12 @@ import atexit
 import gc
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 from accelerate.utils import gather_object
@@ -26,6 +28,7 @@ _LOST = (
     "Connection reset by peer",
     "Timed out waiting",
 )
+_LIFE = "posttrain/life"  # of the keys by which processes find the part of the store that is theirs
 
 
 def several() -> bool:
@@ -34,15 +37,54 @@ def several() -> bool:
 
 
 def connect(on_cpu: bool, backend: str | None, timeout_seconds: int) -> None:
-    """Connect the processes of a CPU run. On GPUs the library does, with the same timeout; on a CPU it leaves the timeout out."""
-    if not several() or not on_cpu or distributed.is_initialized():
+    """Connect the processes of a CPU run, for which the library leaves the timeout out, and of a job that torchrun may start again.
+
+    All others the library connects, with the same timeout.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    again = shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    if not several() or not (on_cpu or again) or distributed.is_initialized():
         return
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < int(os.environ["WORLD_SIZE"]) and "GLOO_SOCKET_IFNAME" not in os.environ:
+    rank, world, patience = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout_seconds)
+    if on_cpu and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < world and "GLOO_SOCKET_IFNAME" not in os.environ:
         name = _interface_towards(os.environ.get("MASTER_ADDR", ""))
         if name:
             os.environ["GLOO_SOCKET_IFNAME"] = name
-    with lost_connection_told("while the processes were meeting", timeout_seconds):
-        distributed.init_process_group(backend or "gloo", timeout=timedelta(seconds=timeout_seconds))
+    with lost_connection_told(timeout_seconds):
+        store: distributed.Store | None = None
+        if shared:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = store_of_this_life(distributed.TCPStore(host, port, is_master=False, timeout=patience), rank, world, patience)
+        how = backend or ("gloo" if on_cpu else None)
+        distributed.init_process_group(how, timeout=patience, store=store, rank=rank, world_size=world)
+
+
+def store_of_this_life(shared: distributed.Store, rank: int, world: int, patience: timedelta) -> distributed.Store:
+    """A part of `shared` that no earlier life of the job has written to. A collective.
+
+    torchrun keeps one store over its restarts, in which the addresses of processes that have ended still stand, and a process that is
+    quicker than its partner would take those (github.com/pytorch/pytorch/issues/135712). torchrun's count of restarts is each node's
+    own, so it cannot name a life: the first process draws a name and tells it whoever asks, until all others have come. What was asked
+    by processes of earlier lives is answered along and read by nobody.
+    """
+    if rank:
+        number = shared.add(f"{_LIFE}/asked", 1)
+        shared.wait([f"{_LIFE}/answer/{number}"], patience)
+        name = shared.get(f"{_LIFE}/answer/{number}").decode()
+        shared.set(f"{_LIFE}/{name}/{rank}", "here")
+        return distributed.PrefixStore(f"{_LIFE}/{name}", shared)
+    name, answered, until = uuid4().hex, 0, time.monotonic() + patience.total_seconds()
+    missing = list(range(1, world))
+    while missing:
+        asked = shared.add(f"{_LIFE}/asked", 0)
+        for number in range(answered + 1, asked + 1):
+            shared.set(f"{_LIFE}/answer/{number}", name)
+        answered = asked
+        missing = [other for other in missing if not shared.check([f"{_LIFE}/{name}/{other}"])]
+        if missing and time.monotonic() > until:
+            raise distributed.DistStoreError(f"Timed out waiting for process {', '.join(map(str, missing))}")
+        time.sleep(0.01 if missing else 0)
+    return distributed.PrefixStore(f"{_LIFE}/{name}", shared)
 
 
 def _interface_towards(address: str) -> str | None:
@@ -59,7 +101,7 @@ def _interface_towards(address: str) -> str | None:
 
 
 @contextmanager
-def lost_connection_told(when: str, timeout_seconds: int, folder: Path | None = None) -> Iterator[None]:
+def lost_connection_told(timeout_seconds: int, folder: Path | None = None) -> Iterator[None]:
     """A connection that breaks is one line: what happened, where to look, how to go on. Other errors pass as they are."""
     try:
         yield
@@ -73,7 +115,7 @@ def lost_connection_told(when: str, timeout_seconds: int, folder: Path | None = 
             f"; the last whole checkpoint is {saved[max(saved)]}: --resume_from_checkpoint auto goes on from it" if saved else ""
         )
         raise UserError(
-            f"process {os.environ.get('RANK')} on {socket.gethostname()}: lost the connection to the other processes {when}: one of"
+            f"process {os.environ.get('RANK')} on {socket.gethostname()}: lost the connection to the other processes: one of"
             f" them ended (then its own error says why), or the network was gone for --ddp_timeout {timeout_seconds} seconds{then}."
             f" torch: {text[-200:]}"
         ) from error
@@ -102,7 +144,7 @@ def agreed_checkpoint(folder: Path, wanted: str | None) -> str | None:
         without = next((str(rank) for rank, (steps, _) in enumerate(seen) if not steps), "?")
         raise UserError(
             f"--resume_from_checkpoint {wanted}: the processes have no checkpoint in common (process {without} has none): where nodes"
-            " share no file system, train with --save_on_each_node True, or copy the folder to every node"
+            " share no file system, copy the folder to every node, or (not in ppo) train with --save_on_each_node True"
         )
     return own[max(shared)] if shared else None
 
