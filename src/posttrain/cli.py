@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING
 
 from posttrain import __version__, config
+from posttrain.commands.report import first_to_say, say
 from posttrain.commands.table import COMMANDS, understood
 from posttrain.data.template_files import list_templates
 from posttrain.types import UserError
@@ -24,13 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except UserError as error:
-        print(f"posttrain: {error}", file=sys.stderr)
+        if first_to_say(str(error)):
+            print(f"posttrain: {error}", file=sys.stderr, flush=True)
         return 2
     except BrokenPipeError:  # the reader of our output has gone: `posttrain show … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("posttrain: interrupted", file=sys.stderr)
+        if first_to_say("interrupted"):
+            print("posttrain: interrupted", file=sys.stderr)
         return 130
 
 
@@ -51,7 +54,7 @@ def _dispatch(words: list[str]) -> int:
     whose, command, words = understood(name, words)
     parsed = config.parse(whose, command.groups, command.training, words)
     for note in parsed.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     if "cache_dir" in parsed.values and parsed["cache_dir"]:
         _use_cache(parsed["cache_dir"])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of a kernel that it does without as soon as it is imported

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 
 
 def is_main_process() -> bool:
@@ -17,6 +19,25 @@ def say(text: str) -> None:
     """Print for the user, once per job."""
     if is_main_process():
         print(text, file=sys.stderr, flush=True)
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other process of this node has ended with this line. One that fails in a way of its own has a line of its own.
+
+    The processes that torchrun starts at once share a folder, in which the first leaves a mark. Without one each speaks.
+    """
+    of_process = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not of_process:
+        return True
+    mark = Path(of_process).parent.parent / f"said-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+    try:
+        with mark.open("x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        return mark.read_text() == str(os.getpid())
+    except OSError:
+        pass
+    return True
 
 
 class _CurrentStderr(logging.Handler):
