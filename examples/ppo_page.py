@@ -142,9 +142,8 @@ def page(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         else f" The reward model ranks {report['rm_accuracy']:.0%} of the held-out pairs right."
     )
     steps = ", ".join(f"{share:.0%} after {count} steps" for count, share in report["sft"].items())
-    parts.append(
-        f"## The SFT model and the reward model\n\nSampled answers to training questions in the house style: {steps}.{ranked}"
-    )
+    shares = f"Sampled answers to training questions in the house style: {steps}." if steps else "Made before this run."
+    parts.append(f"## The SFT model and the reward model\n\n{shares}{ranked}")
     parts.append("## Commands\n\n```\n" + "\n".join(report["commands"].values()) + "\n```")
     parts.append(f"## Answers\n\n{samples(rows, names)}")
     return "\n\n".join(parts) + "\n"

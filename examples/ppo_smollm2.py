@@ -126,9 +126,9 @@ def training_rows() -> list[dict[str, Any]]:
 
 def weak_sft(shell: Shell, chosen: argparse.Namespace) -> tuple[str, dict[int, float]]:
     """The merged SFT model, and the share of sampled answers in the house style after each number of steps that was looked at."""
-    out, counts = chosen.output_dir, sorted(chosen.sft_steps)
+    out, counts, base = chosen.output_dir, sorted(chosen.sft_steps), chosen.model_name_or_path
     shell.must(
-        "sft", "sft", "--config", RECIPES / "demo_sft.yaml", "--model_name_or_path", MODEL, "--output_dir", out / "sft",
+        "sft", "sft", "--config", RECIPES / "demo_sft.yaml", "--model_name_or_path", base, "--output_dir", out / "sft",
         "--max_steps", counts[-1], "--learning_rate", chosen.sft_learning_rate, "--lr_scheduler_type", "constant",
         "--eval_on_start", False, "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", math.gcd(*counts), *AGAIN,
     )  # fmt: skip
@@ -137,7 +137,7 @@ def weak_sft(shell: Shell, chosen: argparse.Namespace) -> tuple[str, dict[int, f
     files = {steps: out / f"answers_sft_{steps}.jsonl" for steps in counts}
     shell.together(
         {
-            f"generate-sft-{steps}": generation(MODEL, out / "sft" / f"checkpoint-{steps}", asked, file, "sampled")
+            f"generate-sft-{steps}": generation(base, out / "sft" / f"checkpoint-{steps}", asked, file, "sampled")
             for steps, file in files.items()
         }
     )
@@ -145,7 +145,7 @@ def weak_sft(shell: Shell, chosen: argparse.Namespace) -> tuple[str, dict[int, f
     best = nearest(found, chosen.adherence_aim)
     print(f"  in the house style after SFT steps: {found}; {best} steps are taken", flush=True)
     adapter = out / "sft" / f"checkpoint-{best}"
-    shell.must("merge", "merge", "--base_model", MODEL, "--lora_model", adapter, "--output_dir", out / "sft-merged", *AGAIN)
+    shell.must("merge", "merge", "--base_model", base, "--lora_model", adapter, "--output_dir", out / "sft-merged", *AGAIN)
     return str(out / "sft-merged"), found
 
 
@@ -176,7 +176,7 @@ def ppo_words(sft: str, name: str, chosen: argparse.Namespace) -> list[Any]:
     }  # fmt: skip
     return [
         "ppo", "--model_name_or_path", sft, "--train_file_dir", HERE / "sft", "--validation_file_dir", HERE / "heldout",
-        "--reward_adapter", chosen.output_dir / "rm", "--output_dir", chosen.output_dir / f"ppo-{name}",
+        "--reward_adapter", chosen.reward_adapter or chosen.output_dir / "rm", "--output_dir", chosen.output_dir / f"ppo-{name}",
         *as_words(flags | VARIANTS[name]), *AGAIN,
     ]  # fmt: skip
 
@@ -227,7 +227,7 @@ def answer_all(models: Mapping[str, tuple[str, Path | None]], chosen: argparse.N
     }
 
 
-def rate(shell: Shell, sft: str, names: Sequence[str], out: Path) -> list[dict[str, Any]]:
+def rate(shell: Shell, sft: str, reward: Path, names: Sequence[str], out: Path) -> list[dict[str, Any]]:
     """Every answer of every model with its score; an empty answer has none."""
     rows = [
         {"model": name, "mode": mode, **row}
@@ -238,7 +238,7 @@ def rate(shell: Shell, sft: str, names: Sequence[str], out: Path) -> list[dict[s
     scored = [row for row in rows if row["output"].strip()]
     chats = [{"messages": [*row["messages"], {"role": "assistant", "content": row["output"]}]} for row in scored]
     file = write_rows(out / "chats.jsonl", chats)
-    shell.must("score", "score", "--base_model", sft, "--lora_model", out / "rm", "--data_file", file,
+    shell.must("score", "score", "--base_model", sft, "--lora_model", reward, "--data_file", file,
                "--output_file", out / "scores.jsonl", "--batch_size", 32)  # fmt: skip
     for row, line in zip(scored, read_lines(out / "scores.jsonl"), strict=True):
         row["score"] = line["score"]
@@ -268,21 +268,23 @@ def run(chosen: argparse.Namespace, device: str) -> tuple[dict[str, Any], list[d
         raise SystemExit(f"a held-out question is a prompt of PPO: {known[0]}")
     (out / "logs").mkdir(parents=True, exist_ok=True)
     shell = Shell(out / "logs", chosen.at_once)
-    sft, found = weak_sft(shell, chosen)
-    stages = ("rm", "dpo") if chosen.dpo else ("rm",)
+    sft, found = (chosen.sft_model, {}) if chosen.sft_model else weak_sft(shell, chosen)
+    reward = chosen.reward_adapter or out / "rm"
+    stages = [*([] if chosen.reward_adapter else ["rm"]), *(["dpo"] if chosen.dpo else [])]
     shell.together({stage: on_pairs(stage, sft, chosen) for stage in stages} | answer_all({"sft": (sft, None)}, chosen))
     trained = train_policies(shell, sft, chosen, began)
     models = {f"ppo-{name}": (sft, one.adapter) for name, one in trained.items()}
     models |= {"dpo": (sft, out / "dpo")} if chosen.dpo else {}
     shell.together(answer_all(models, chosen))
-    rows = rate(shell, sft, ["sft", *models], out)
+    rows = rate(shell, sft, reward, ["sft", *models], out)
     answers = {
         name: {mode: summarise([row for row in rows if row["model"] == name and row["mode"] == mode]) for mode in MODES}
         for name in ("sft", *models)
     }
-    accuracy = [line["eval_accuracy"] for line in read_lines(out / "rm" / "metrics.jsonl") if "eval_accuracy" in line]
+    log = read_lines(reward / "metrics.jsonl") if (reward / "metrics.jsonl").is_file() else []
+    accuracy = [line["eval_accuracy"] for line in log if "eval_accuracy" in line]
     report = {
-        "model": MODEL, "device": device, "command": shlex.join(["python", *sys.argv]), "every": chosen.every,
+        "model": chosen.model_name_or_path, "device": device, "command": shlex.join(["python", *sys.argv]), "every": chosen.every,
         "minutes": round((time.monotonic() - began) / 60, 1), "sft": found, "rm_accuracy": accuracy[-1] if accuracy else None,
         "kl_target": chosen.kl_target,
         "answers": {name: {mode: dataclasses.asdict(s) for mode, s in of.items()} for name, of in answers.items()},
@@ -297,6 +299,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("outputs/ppo-smollm2"))
+    add("--model_name_or_path", default=MODEL)
+    add("--sft_model", default=None, help="merged SFT model that is there already: no SFT")
+    add("--reward_adapter", type=Path, default=None, help="reward model that is there already, an adapter on --sft_model")
     add("--quick", action="store_true", help="a few steps of everything")
     add("--variants", nargs="+", choices=[*VARIANTS], default=["adapter", "trunk"])
     add("--dpo", action="store_true", help="DPO on the same pairs beside PPO")
@@ -323,7 +328,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--asked", type=int, default=60, help="training questions by which the SFT checkpoint is chosen")
     if parser.parse_known_args(words)[0].quick:
         parser.set_defaults(sft_steps=[8], rollouts=2, prompts=4, mini_batch_size=4, every=1, samples=1, asked=4)
-    return parser.parse_args(words)
+    chosen = parser.parse_args(words)
+    if chosen.reward_adapter and not chosen.sft_model:
+        parser.error("--reward_adapter is an adapter on --sft_model: name that too")
+    return chosen
 
 
 def main() -> None:
