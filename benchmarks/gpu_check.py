@@ -2,18 +2,19 @@
 
     make gpu-check                                   # on a GPU
     POSTTRAIN_GPU_CHECK=dry make gpu-check           # the same code on the CPU with tiny shapes: keeps it from rotting
+    .venv/bin/python benchmarks/gpu_check.py --only stages,peers
 
 Prints one Markdown table. Models have random weights; nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ import gpu_runs
 from posttrain.data.pack import collate, collate_padded
 from posttrain.model.adapter import Lora, attach_lora
 from posttrain.model.attention import enable_segments
+from posttrain.model.fused import fuse
+from posttrain.model.fused_cuda import has_liger
 from posttrain.model.logprobs import install_logprobs
 from posttrain.objectives.lm import LanguageModel
 
@@ -111,6 +114,7 @@ def throughput(ours: bool, rows: list[dict[str, Any]], shape: dict[str, Any]) ->
     if ours:
         enable_segments(model)
         install_logprobs(model)
+        fuse(model, DEVICE.type)
         batch = collate(rows).to(DEVICE)
         weight = LanguageModel().weight(batch)
     else:
@@ -137,49 +141,75 @@ def throughput(ours: bool, rows: list[dict[str, Any]], shape: dict[str, Any]) ->
     return {"tokens_per_second": tokens / seconds, "peak_gib": peak, "flops": 4 * weights * tokens / seconds}
 
 
-def speed_lines(rows: list[dict[str, Any]], shape: dict[str, Any], name: str) -> None:
+def speed_lines(rows: list[dict[str, Any]], shape: dict[str, Any], name: str) -> Iterator[gpu_runs.Line]:
     """A step on these rows, ours beside transformers' own."""
     rates = []
     for who in ("ours", "transformers"):
+        check = f"SFT LoRA r=8 bf16, {len(rows)} rows a step, {who}"
         try:
             f = throughput(who == "ours", rows, shape)
         except torch.OutOfMemoryError:
-            print(f"| SFT LoRA r=8 bf16, {len(rows)} rows a step, {who} | out of memory | |", flush=True)
             torch.cuda.empty_cache()
+            yield check, "out of memory", None
             return
         rates.append(f["tokens_per_second"])
-        peak = next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
+        peak = peak_flops(name)
         mfu = f", {f['flops'] / peak:.1%} of matrix peak" if peak else ""
-        result = f"{f['tokens_per_second']:,.0f} tokens/s, peak {f['peak_gib']:.2f} GiB{mfu}"
-        print(f"| SFT LoRA r=8 bf16, {len(rows)} rows a step, {who} | {result} | |", flush=True)
-    print(f"| ours / transformers, {len(rows)} rows a step | {rates[0] / rates[1]:.2f}x tokens/s | |", flush=True)
+        yield check, f"{f['tokens_per_second']:,.0f} tokens/s, peak {f['peak_gib']:.2f} GiB{mfu}", None
+    yield f"ours / transformers, {len(rows)} rows a step", f"{rates[0] / rates[1]:.2f}x tokens/s", None
+
+
+def peak_flops(name: str) -> float | None:
+    """Of a device, where it is known."""
+    return next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
+
+
+def packed_lines() -> Iterator[gpu_runs.Line]:
+    """Packed rows beside padded ones."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for family in FAMILIES:
+            yield f"packed = padded, {family}, {str(dtype).removeprefix('torch.')}", *packed_equals_padded(family, dtype)
+
+
+def all_lines(only: list[str], name: str, folder: Path) -> Iterator[gpu_runs.Line]:
+    """The parts that were asked for. `engines` and `peers` train the model that `stages` writes."""
+    shape = {**SMALL, "head_dim": 32} if DRY else HALF_BILLION
+    n_rows, longest = (8, 160) if DRY else (128, 1024)
+    if "packed" in only:
+        yield from packed_lines()
+    if "speed" in only:
+        for n in (4,) if DRY else (16, 64):
+            yield from speed_lines(random_rows(n, 100 if DRY else 1024, shape["vocab_size"]), shape, name)
+    if "stages" in only:
+        yield from gpu_runs.stage_lines(folder, shape, n_rows, longest, peak_flops(name))
+    elif {"engines", "peers"} & {*only}:
+        gpu_runs.save_model(folder / "base", shape)
+        gpu_runs.save_data(folder, n_rows, longest)
+    if "engines" in only:
+        yield from gpu_runs.engine_lines(folder)
+    if "peers" in only:
+        yield from gpu_peers.trl_lines(folder, n_rows, longest)
+
+
+PARTS = ("packed", "speed", "stages", "engines", "peers")
 
 
 def main() -> None:
     """Run every check; exit code 1 when one fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas [default: {','.join(PARTS)}]")
+    only = [part for part in parser.parse_args().only.split(",") if part]
+    if unknown := sorted({*only} - {*PARTS}):
+        parser.error(f"--only {unknown[0]}: the parts are {', '.join(PARTS)}")
     if not DRY and not torch.cuda.is_available():
         print("gpu-check: no CUDA device here; skipped (POSTTRAIN_GPU_CHECK=dry runs the code on the CPU)")
         return
     name = "CPU, dry run" if DRY else torch.cuda.get_device_name()
-    print(f"| check on {name}, torch {torch.__version__} | result | |\n|---|---|---|")
+    liger = "with liger-kernel" if has_liger() else "no liger-kernel"
+    print(f"| check on {name}, torch {torch.__version__}, {liger} | result | |\n|---|---|---|")
     failed = False
-    for dtype in (torch.float32, torch.bfloat16):
-        for family in FAMILIES:
-            result, passed = packed_equals_padded(family, dtype)
-            failed |= not passed
-            print(f"| packed = padded, {family}, {str(dtype).removeprefix('torch.')} | {result} | {'ok' if passed else 'FAIL'} |")
-    shape = {**SMALL, "head_dim": 32} if DRY else HALF_BILLION
-    for n_rows in (4,) if DRY else (16, 64):
-        speed_lines(random_rows(n_rows, 100 if DRY else 1024, shape["vocab_size"]), shape, name)
     with tempfile.TemporaryDirectory() as folder:
-        n_rows, longest = (8, 160) if DRY else (128, 1024)
-        flops = next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
-        lines = itertools.chain(
-            gpu_runs.stage_lines(Path(folder), shape, n_rows, longest, flops),
-            gpu_runs.engine_lines(Path(folder)),
-            gpu_peers.trl_lines(Path(folder), n_rows, longest),
-        )
-        for check, result, passed in lines:
+        for check, result, passed in all_lines(only, name, Path(folder)):
             failed |= passed is False
             print(f"| {check} | {result} | {'' if passed is None else 'ok' if passed else 'FAIL'} |", flush=True)
     sys.exit(1 if failed else 0)

@@ -159,23 +159,23 @@ def report(results: dict[str, Any]) -> dict[str, Any]:
     return ratios
 
 
-def compete(job: Job, only: Sequence[str], rollouts: int) -> dict[str, Any]:
-    """All contenders on one job."""
+def compete(job: Job, only: Sequence[str], rollouts: int, dtype: str) -> dict[str, Any]:
+    """All contenders on one job, in one type of numbers."""
     interpreter = ppo_trl.python() if "trl" in only else None
     file = OUT / "ppo_job.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(job))
-    file.write_text(json.dumps(run_contender(__file__, PREPARE, file, rollouts, "bfloat16")))
+    file.write_text(json.dumps(run_contender(__file__, PREPARE, file, rollouts, dtype)))
     sizes = job["sizes"]
     print(
         f"{rollouts} rollouts of {sizes['episodes']} episodes, {sizes['mini_batch']} an optimizer step, {job['micro_rows']} a micro-batch,"
         f" {sizes['epochs']} epochs; prompts {sizes['prompt_tokens']}, answers {sizes['response_tokens']} tokens; {MODEL},"
-        f" LoRA r={RANK} on all linear layers, bf16"
+        f" LoRA r={RANK} on all linear layers, {dtype}"
     )
     results = {}
     for name in only:
         chosen = interpreter if name == "trl" and interpreter else sys.executable
-        results[name] = run_contender(__file__, name, file, rollouts, "bfloat16", chosen)
+        results[name] = run_contender(__file__, name, file, rollouts, dtype, chosen)
         show(name, results[name])
     return results
 
@@ -194,6 +194,15 @@ def contend(args: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
+def native() -> str:
+    """What the processor computes in fastest: emulated bfloat16 would time the emulation."""
+    import torch
+
+    from posttrain.model.load import hardware_dtype
+
+    return "bfloat16" if hardware_dtype() == torch.bfloat16 else "float32"
+
+
 def main() -> None:
     """Parse, run, write outputs/bench/ppo.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,7 +217,11 @@ def main() -> None:
     parser.add_argument("--contender", choices=(*CONTENDERS, PREPARE), help=argparse.SUPPRESS)
     parser.add_argument("--rows_file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of all contenders [default: bfloat16 where the processor computes in it]",
+    )
     args = parser.parse_args()
     if args.contender:
         contend(args)
@@ -217,7 +230,7 @@ def main() -> None:
         "sizes": {name: getattr(args, name) for name in SIZES}, "micro_rows": args.micro_rows, "temperature": TEMPERATURE,
         "trl_rollout_rows": args.trl_rollout_rows or args.episodes,
     }  # fmt: skip
-    results = compete(job, [name for name in args.only.split(",") if name], args.rollouts)
+    results = compete(job, [name for name in args.only.split(",") if name], args.rollouts, args.dtype or native())
     results["ratios"] = report(results)
     (OUT / "ppo.json").write_text(json.dumps(results, indent=2) + "\n")
 
