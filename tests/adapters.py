@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_llama
 from posttrain.model.adapter import Lora, attach_lora
 from posttrain.model.load import load_model
+from posttrain.model.reward import load_reward_model
 
 
 def stir(model: Any, scale: float = 0.1) -> None:
@@ -32,6 +33,14 @@ def save_adapter(base: str, folder: Path, lora: Lora = Lora(), tokenizer: Any = 
     adapted.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_reward_adapter(base: str, folder: Path, lora: Lora = Lora(), scale: float = 0.1, **options: Any) -> str:  # noqa: B008
+    torch.manual_seed(11)
+    adapted = attach_lora(load_reward_model(base, "float32", **options), lora)
+    stir(adapted, scale)
+    adapted.save_pretrained(folder)
     return str(folder)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -98,6 +99,35 @@ def test_experts_and_router_stay_frozen_unless_named() -> None:
     assert not torch.equal(logits(adapted), logits(tiny_mixtral()))
     with pytest.raises(UserError, match="fused experts take no dropout"):
         attach_lora(tiny_mixtral(), Lora(target_modules="experts.down_proj", dropout=0.1))
+
+
+GLM: dict[str, Any] = {"first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+DEEPSEEK = GLM | {
+    "num_key_value_heads": 4, "head_dim": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes"), [("glm4_moe", GLM), ("deepseek_v3", DEEPSEEK), ("ernie4_5_moe", {})])
+def test_layers_named_like_old_experts_are_the_layers(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """peft takes these names for experts that are layers no more: it would adapt the fused ones, and not the dense layers and the
+    shared experts that have the names."""
+    for targets in (
+        "all",
+        "q_b_proj,gate_proj,up_proj,down_proj" if family == "deepseek_v3" else "q_proj,gate_proj,up_proj,down_proj",
+    ):
+        model = tiny(family, **changes)
+        dense = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name.rpartition(".")[2] in MLP}
+        assert any("shared_expert" in name for name in dense)
+        adapted = attach_lora(model, Lora(target_modules=targets))
+        named = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in trained(adapted)}
+        assert {name for name in named if name.rpartition(".")[2] in MLP} == dense
+        assert not any(".experts" in name for name in named)
+    stir(adapted)
+    adapted.save_pretrained(tmp_path)
+    again = load_adapter(tiny(family, **changes), str(tmp_path))
+    assert trained(again).keys() == trained(adapted).keys()
+    assert torch.equal(logits(again), logits(adapted))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from adapters import save_adapter, save_base, stir
+from adapters import save_adapter, save_base, save_reward_adapter
 from flag_probes_models import coded_model
 from posttrain.commands.merge import merge
 from posttrain.model import merge as merge_module
-from posttrain.model.adapter import Lora, attach_lora, load_adapter
+from posttrain.model.adapter import Lora, load_adapter
 from posttrain.model.certificate import PROMPTS
 from posttrain.model.merge import WriteOptions
+from posttrain.model.merge_plan import Stream
 from posttrain.model.reward import install_scores, load_reward_model, score_head
 from posttrain.model.score_certificate import ScoreCertificate, same_order
 from posttrain.types import UserError
@@ -32,14 +34,6 @@ IDS = torch.arange(4, 60)[None]
 def save_family(folder: Path, family: str, tokenizer: Any, dtype: torch.dtype = torch.float32) -> str:
     tiny(family, vocab_size=len(tokenizer), max_position_embeddings=512).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def save_reward_adapter(base: str, folder: Path, lora: Lora = Lora(), scale: float = 0.1, **options: Any) -> str:  # noqa: B008
-    torch.manual_seed(11)
-    adapted = attach_lora(load_reward_model(base, "float32", **options), lora)
-    stir(adapted, scale)
-    adapted.save_pretrained(folder)
     return str(folder)
 
 
@@ -114,28 +108,44 @@ def test_a_model_with_code_of_its_own(tmp_path: Path, tokenizer: Any) -> None:
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-FAULTS = {
-    "one matrix 5 % too large": lambda m: m.model.layers[0].mlp.up_proj.weight.mul_(1.05),
-    "a head of the wrong sign": lambda m: m.score.weight.neg_(),
-    "a NaN": lambda m: m.model.norm.weight[0].fill_(float("nan")),
+FAULTS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
+    "one matrix 5 % too large": ("model.layers.0.mlp.up_proj.weight", lambda weight: weight.mul_(1.05)),
+    "a head of the wrong sign": ("score.weight", lambda weight: weight.neg_()),
+    "a NaN": ("model.norm.weight", lambda weight: weight[0].fill_(float("nan"))),
 }
 
 
+def break_sum(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """The fault in what the merge makes, whichever way it goes."""
+    name, harm = FAULTS[fault]
+    whole, streamed = merge_module._merge, Stream.written
+
+    def wrong(adapted: Any, adapter: str) -> Any:
+        merged = whole(adapted, adapter)
+        with torch.no_grad():
+            harm(merged.get_parameter(name))
+        return merged
+
+    def written(self: Stream, written_name: str, dtype: torch.dtype) -> Tensor:
+        weight = streamed(self, written_name, dtype).clone()
+        if written_name == name:
+            harm(weight)
+        return weight
+
+    monkeypatch.setattr(merge_module, "_merge", wrong)
+    monkeypatch.setattr(Stream, "written", written)
+
+
+@pytest.mark.parametrize("way", ["stream", "whole"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_sum_fails_and_writes_nothing(
-    tmp_path: Path, tokenizer: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Any, fault: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = save_base(tmp_path / "base", tokenizer, torch.bfloat16)
     adapter = save_reward_adapter(base, tmp_path / "adapter")
-    original = merge_module._merge
-
-    def wrong(adapted: Any, adapter: str) -> Any:
-        merged = original(adapted, adapter)
-        with torch.no_grad():
-            FAULTS[fault](merged)
-        return merged
-
-    monkeypatch.setattr(merge_module, "_merge", wrong)
+    break_sum(monkeypatch, fault)
+    if way == "whole":
+        monkeypatch.setattr(merge_module, "open_stream", lambda *_: "of this test")
     with pytest.raises(RuntimeError, match=r"not base \+ adapter; nothing was written\nmerge certificate: FAILED"):
         merge(base, adapter, str(tmp_path / "merged"))
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
@@ -153,6 +163,7 @@ def test_a_file_without_its_head_fails(tmp_path: Path, tokenizer: Any, monkeypat
         return original(model, dtype)
 
     monkeypatch.setattr(merge_module, "_round", lossy)
+    monkeypatch.setattr(merge_module, "open_stream", lambda *_: "of this test")
     with pytest.raises(RuntimeError, match="FAILED"):
         merge(base, adapter, str(tmp_path / "merged"))
 

@@ -272,6 +272,12 @@ def test_an_adapter_of_a_quantised_base_knows_it(model_folder: Path, tmp_path: P
     merge(str(model_folder), str(tmp_path / "adapter"), str(tmp_path / "merged"))
 
 
+def test_an_adapter_of_a_mixture_in_4_bits_knows_its_base(mixture: Path) -> None:
+    """Whose experts the files have one by one."""
+    full, small = (load_model(str(mixture), "bfloat16", quantization=how) for how in (None, "4bit"))  # type: ignore[arg-type]
+    assert base_fingerprint(small) == base_fingerprint(full) is not None
+
+
 def test_modules_to_save_are_not_quantised(model_folder: Path) -> None:
     model = load_model(str(model_folder), "bfloat16", quantization="4bit")
     with pytest.raises(UserError, match=r"--modules_to_save q_proj: .*quantised"):

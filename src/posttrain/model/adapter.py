@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.model import lora_forward
+from posttrain.model.adapter_file import RUNS_CODE, check_weights_there, layers_by_name, names_single_experts
 from posttrain.model.quantize import check_experts, check_trainable
 from posttrain.model.reward import HEAD, has_score_head, score_head
 from posttrain.model.rope import RopeScaling, rope_scaling
@@ -79,7 +80,8 @@ def attach_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
         ensure_weight_tying=bool(tied and {"embed_tokens", "lm_head"} & set(saved)),
         auto_mapping={FINGERPRINT: base_fingerprint(model), ROPE: rope_scaling(model.config)},
     )
-    return _ready(get_peft_model(model, config))
+    with layers_by_name():
+        return _ready(get_peft_model(model, config))
 
 
 def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = True) -> PeftModel:
@@ -88,8 +90,7 @@ def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = True) -
     Raises UserError when the folder holds none or when it was trained on another base.
     """
     settings = read_adapter_config(path)
-    if not any((Path(path) / file).is_file() for file in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise UserError(f"{path}: no adapter_model.safetensors (or .bin) in it")
+    check_weights_there(path)
     _check_head(model, settings, path)
     check_rope(settings, model, path, scaled_since=True)
     expected = (settings.get("auto_mapping") or {}).get(FINGERPRINT)
@@ -102,12 +103,13 @@ def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = True) -
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", LACKS_WEIGHTS)  # what is not in the file would stay random
-            adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+            with layers_by_name(unless=names_single_experts(path)):
+                adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     except (UserWarning, KeyError) as error:
         first = str(error).split("'")[1]  # both quote the names
         raise UserError(f"{path}: lacks weights of the adapter it describes, the first is {first}") from error
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: adapter_model.bin holds more than weights, and code from a file is not run") from error
+        raise UserError(f"{path}: {RUNS_CODE}") from error
     except (RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{path}: does not fit {model.name_or_path} ({lines[min(1, len(lines) - 1)]})") from error

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.model.router import is_mixture
+
 PROMPTS = (
     "The capital of France is Paris, and the capital of Japan is",
     "Question: I have had a dry cough for three days. What should I do?\nAnswer: In short:",
@@ -28,6 +30,9 @@ SUM_KL_NATS = 1e-7
 # single logits is in units of their standard deviation over the vocabulary, at the token where they vary most.
 KL_NATS = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 2e-2}
 LOGIT_SPREADS = {"float32": 1e-3, "float16": 0.2, "bfloat16": 1.0}
+# Rounding may tip a router's choice where two experts are all but equal, and that token then goes another way: of 288 tokens of a tiny
+# Mixtral one was beyond in bfloat16, none of any other family tried. So this share of a mixture's tokens may be.
+REROUTED = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.05}
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Certificate:
     sum_kl_nats: float  # mean KL of the float32 sum, before rounding: the proof of the arithmetic
     max_abs_logit: float  # the largest difference of a logit
     max_abs_logit_allowed: float
+    n_beyond: int  # tokens with a larger one
+    n_beyond_allowed: int  # 0, but for mixtures of experts
     mean_kl_nats: float
     mean_kl_nats_allowed: float
     max_kl_nats: float
@@ -53,7 +60,7 @@ class Certificate:
     @property
     def ok(self) -> bool:
         """Whether the merged model may be used. Written so that a NaN fails."""
-        close = self.max_abs_logit <= self.max_abs_logit_allowed and self.mean_kl_nats <= self.mean_kl_nats_allowed
+        close = self.n_beyond <= self.n_beyond_allowed and self.mean_kl_nats <= self.mean_kl_nats_allowed
         exact = self.sum_kl_nats <= SUM_KL_NATS
         return exact and close and self.tokenizer_equal and self.template_equal
 
@@ -63,11 +70,12 @@ class Certificate:
         return 1 - self.mean_kl_nats / self.adapter_kl_nats if self.adapter_kl_nats > 0 else 1.0
 
     def __str__(self) -> str:
+        rerouted = f"; {self.n_beyond} of {self.n_beyond_allowed} tokens that may be beyond" if self.n_beyond_allowed else ""
         return "\n".join(
             [
                 f"merge certificate: {'passed' if self.ok else 'FAILED'} ({self.dtype}, {self.n_tokens} tokens of {len(PROMPTS)} texts)",
                 f"  mean KL before rounding   {self.sum_kl_nats:.2e}  (allowed {SUM_KL_NATS:.2e})",
-                f"  largest logit difference  {self.max_abs_logit:.2e}  (allowed {self.max_abs_logit_allowed:.2e})",
+                f"  largest logit difference  {self.max_abs_logit:.2e}  (allowed {self.max_abs_logit_allowed:.2e}{rerouted})",
                 f"  mean KL divergence        {self.mean_kl_nats:.2e}  (allowed {self.mean_kl_nats_allowed:.2e}; largest {self.max_kl_nats:.2e})",
                 f"  same first choice         {100 * self.argmax_agreement:.1f} % of tokens",
                 f"  the adapter itself        {self.adapter_kl_nats:.2e} KL against the base; {100 * self.kept:.1f} % of it kept",
@@ -105,7 +113,7 @@ def certify(
     """
     again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
-    return compare(names, (tokenizer, again), references, logits(model, ids), has_tied_head(model))
+    return compare(names, (tokenizer, again), references, logits(model, ids), model)
 
 
 def has_tied_head(model: Any) -> bool:
@@ -115,30 +123,44 @@ def has_tied_head(model: Any) -> bool:
 
 
 def compare(
-    names: tuple[str, str, str], tokenizers: tuple[Any, Any], references: References, actual: Tensor, tied_head: bool
+    names: tuple[str, str, str], tokenizers: tuple[Any, Any], references: References, actual: Tensor, model: Any
 ) -> Certificate:
-    """The certificate of what was read back: `actual` logits (tokens, V), and of `tokenizers` the second."""
+    """The certificate of what was read back: `model` with its `actual` logits (tokens, V), and of `tokenizers` the second."""
     base, adapter, dtype = names
     tokenizer, again = tokenizers
     expected = references.expected
     kl = kl_nats(expected, actual)
+    allowed = LOGIT_SPREADS[dtype] * expected.std(-1).max().item()
+    largest = (expected - actual).abs().amax(-1)
     return Certificate(
         base=base,
         adapter=adapter,
         dtype=dtype,
         n_tokens=len(expected),
         sum_kl_nats=kl_nats(expected, references.merged).mean().item(),
-        max_abs_logit=(expected - actual).abs().max().item(),
-        max_abs_logit_allowed=LOGIT_SPREADS[dtype] * expected.std(-1).max().item(),
+        max_abs_logit=largest.max().item(),
+        max_abs_logit_allowed=allowed,
+        n_beyond=n_beyond(largest, allowed),
+        n_beyond_allowed=may_be_beyond(model, dtype, len(expected)),
         mean_kl_nats=kl.mean().item(),
         mean_kl_nats_allowed=KL_NATS[dtype],
         max_kl_nats=kl.max().item(),
         argmax_agreement=(expected.argmax(-1) == actual.argmax(-1)).float().mean().item(),
         adapter_kl_nats=kl_nats(expected, references.base_alone).mean().item(),
-        tied_head=tied_head,
+        tied_head=has_tied_head(model),
         tokenizer_equal=same_tokenizer(tokenizer, again),
         template_equal=tokenizer.chat_template == again.chat_template,
     )
+
+
+def n_beyond(differences: Tensor, allowed: float) -> int:
+    """How many are larger; a NaN is."""
+    return int((~(differences <= allowed)).sum())
+
+
+def may_be_beyond(model: Any, dtype: str, n_tokens: int) -> int:
+    """How many tokens of a model may be, written in a type."""
+    return int(REROUTED[dtype] * n_tokens) if is_mixture(model.config) else 0
 
 
 def kl_nats(expected: Tensor, actual: Tensor) -> Tensor:

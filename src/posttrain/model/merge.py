@@ -1,7 +1,7 @@
 """Adapter + base → one plain model folder, with a certificate that it answers like the two together (certificate.py).
 
-The sum is computed in float32 and rounded once, to the type that is written: tensor by tensor (merge_stream.py) where the adapter is a plain
-LoRA and the base's files have its parameters as they are, else with the whole model in memory.
+The sum is computed in float32 and rounded once, to the type that is written: tensor by tensor (merge_stream.py) where the adapter is a LoRA
+or DoRA of linear layers, else with the whole model in memory.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from posttrain.model.certificate import PROMPTS, Certificate, References, certif
 from posttrain.model.embedded import resolve_model
 from posttrain.model.load import DType, load_model, read_config, resize_embeddings
 from posttrain.model.merge_plan import Stream, open_stream
-from posttrain.model.merge_stream import padded, read_back, references, write_stream
+from posttrain.model.merge_stream import padded, read_back, read_scores, references, write_stream
 from posttrain.model.reward import has_score_head, load_reward_model, score_head, set_padding
 from posttrain.model.rope import scale_rope
-from posttrain.model.score_certificate import ScoreCertificate, certify_scores, token_scores
+from posttrain.model.score_certificate import ScoreCertificate, certify_scores, compare_scores, token_scores
 from posttrain.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -91,20 +91,26 @@ def merge_adapter(
 Names = tuple[str, str, str]  # base, adapter and the type that is written
 
 
-def _merge_stream(work: Path, names: Names, tokenizer: Any, stream: Stream, write: WriteOptions) -> Certificate:
+def _merge_stream(
+    work: Path, names: Names, tokenizer: Any, stream: Stream, write: WriteOptions
+) -> Certificate | ScoreCertificate:
     """Tensor by tensor; the certificate layer by layer, on the texts as one padded batch."""
     batch = padded(prompt_ids(tokenizer), tokenizer.pad_token_id or 0)
     found = references(stream, batch)
     model = stream.model
-    model.config.tie_word_embeddings = stream.tied
-    if Path(stream.folder, GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(stream.folder)
+    if not stream.scores:
+        model.config.tie_word_embeddings = stream.tied
+        if Path(stream.folder, GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(stream.folder)
     _set_stops(model, tokenizer, write.stop_token_ids)
     write_stream(stream, work, getattr(torch, names[2]), write.max_shard_size)
     tokenizer.save_pretrained(work)
     again = AutoTokenizer.from_pretrained(work)
-    actual, tied_head = read_back(work, batch)
-    return compare(names, (tokenizer, again), found, actual, tied_head)
+    if stream.scores:
+        scores, written, theirs = read_scores(work, batch)
+        return compare_scores(names, (tokenizer, again), found, scores, written, theirs)
+    actual, written = read_back(work, batch)
+    return compare(names, (tokenizer, again), found, actual, written)
 
 
 def _merge_whole(

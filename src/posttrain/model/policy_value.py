@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.model.adapter import read_adapter_config
+from posttrain.model.adapter_file import layers_by_name
 from posttrain.model.attention import find_decoder, unwrap
 from posttrain.types import PackedBatch, UserError
 
@@ -189,7 +190,7 @@ def add_adapter(model: PeftModel, name: str, folder: str | None, *, trainable: b
     adapter weights, and for an adapter that is more than low-rank matrices and a score head: the roles share all other weights.
     """
     if folder is None:
-        model.add_adapter(name, _plain_config(model.peft_config[POLICY]))
+        _add(model, name, model.peft_config[POLICY])
         _finish(model, name, trainable)
         return None
     read_adapter_config(folder)
@@ -202,7 +203,7 @@ def add_adapter(model: PeftModel, name: str, folder: str | None, *, trainable: b
     heads = [key for key in weights if key.endswith("score.weight")]
     head = _frozen_head(weights.pop(heads[0])) if heads else None
     try:
-        model.add_adapter(name, _plain_config(config))
+        _add(model, name, config)
         loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (RuntimeError, ValueError) as error:  # other layers, or layers of another size
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -217,7 +218,7 @@ def add_adapter(model: PeftModel, name: str, folder: str | None, *, trainable: b
 
 def copy_adapter(model: PeftModel, name: str) -> None:
     """Add a frozen copy of the policy's adapter as it is now."""
-    model.add_adapter(name, _plain_config(model.peft_config[POLICY]))
+    _add(model, name, model.peft_config[POLICY])
     tensors = dict(model.named_parameters())
     with torch.no_grad():
         for key, parameter in tensors.items():
@@ -237,6 +238,11 @@ def check_plain(config: Any, folder: str) -> None:
 def is_of_adapter(key: str, name: str) -> bool:
     """Whether a parameter is one of an adapter's: `….lora_A.<name>.weight`."""
     return re.search(rf"\.lora_\w+\.{name}(\.|$)", key) is not None
+
+
+def _add(model: PeftModel, name: str, config: Any) -> None:
+    with layers_by_name():
+        model.add_adapter(name, _plain_config(config))
 
 
 def _plain_config(config: Any) -> LoraConfig:

@@ -28,6 +28,7 @@ from posttrain.model.load import DType, hardware_dtype, own_device, read_config,
 from posttrain.model.quantize import Quantization, quantizing, report
 from posttrain.model.rope import RopeScaling, scale_rope
 from posttrain.model.router import balance_function
+from posttrain.model.shards import without_weights
 from posttrain.types import UserError
 
 if TYPE_CHECKING:
@@ -62,15 +63,9 @@ def load_reward_model(
     """
     config = read_config(name_or_path, trust_remote_code, revision, score_head=True)
     stored = stores_score_head(config)
-    if stored and config.num_labels != 1:
-        raise UserError(f"{name_or_path}: is a classifier of {config.num_labels} labels, not a reward model, which has one")
-    causal = _causal_class(name_or_path, config, trust_remote_code, revision)
-    if causal.config_class is config.sub_configs.get("text_config"):
-        config = config.get_text_config()  # of a model that also sees: its language model, as AutoModelForCausalLM takes it
-    config.num_labels = 1
+    kind, config = _kind_of(name_or_path, config, trust_remote_code, revision)
     if rope is not None:
         scale_rope(config, rope)
-    kind = _reward_class(name_or_path, causal, config)
     chosen = hardware_dtype() if dtype == "auto" else getattr(torch, dtype)
     drawn = frozenset() if stored else frozenset({f"{HEAD}.weight"})
     options: dict[str, Any] = {"revision": revision, "device_map": own_device(device_map) if quantization else device_map}
@@ -84,6 +79,12 @@ def load_reward_model(
             # Drawn on the host in float32: the same head whatever the device and the type of the rest.
             weight.copy_(torch.randn(weight.shape) / math.sqrt(weight.shape[1] + 1))  # arXiv 2403.17031, detail 11
     return model
+
+
+def empty_reward_model(name_or_path: str, config: Any) -> PreTrainedModel:
+    """The same without its weights, of a config that was read with `score_head`. Raises UserError as it does."""
+    kind, config = _kind_of(name_or_path, config, trust_remote_code=False, revision="main")
+    return without_weights(lambda: kind(config))
 
 
 def has_score_head(model: nn.Module) -> bool:
@@ -165,6 +166,17 @@ def _score_forward(core: PreTrainedModel, score_at_S: Tensor, **inputs: Any) -> 
             output.router_logits, attention_mask=inputs.get("attention_mask")
         )
     return SequenceScores(scores_S, router_loss)
+
+
+def _kind_of(name: str, config: Any, trust_remote_code: bool, revision: str) -> tuple[Any, Any]:
+    """(class, config) of the reward model of a config."""
+    if stores_score_head(config) and config.num_labels != 1:
+        raise UserError(f"{name}: is a classifier of {config.num_labels} labels, not a reward model, which has one")
+    causal = _causal_class(name, config, trust_remote_code, revision)
+    if causal.config_class is config.sub_configs.get("text_config"):
+        config = config.get_text_config()  # of a model that also sees: its language model, as AutoModelForCausalLM takes it
+    config.num_labels = 1
+    return _reward_class(name, causal, config), config
 
 
 def _causal_class(name: str, config: Any, trust_remote_code: bool, revision: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from posttrain.model.attention import find_decoder
 from posttrain.types import UserError
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # what families call them
+
+
+def is_mixture(config: Any) -> bool:
+    """Whether a config is that of a mixture of experts."""
+    text = config.get_text_config()
+    return any((getattr(text, name, None) or 0) > 1 for name in EXPERT_COUNTS)
 
 
 def balance_router(model: PreTrainedModel, coefficient: float | None) -> str:

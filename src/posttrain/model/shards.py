@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
+from posttrain.model.checkpoint import Recipe, recipes
 from posttrain.model.embedded import resolve_model
 from posttrain.model.rope import forget_lengths
 
@@ -28,23 +29,35 @@ SAMPLES = 64  # values of a weight that its hash is made of
 
 @dataclass(frozen=True)
 class Shards:
-    """Safetensors files. `files`: tensor → file; `stored`: parameter of the model → tensor, where the prefix of the base differs."""
+    """Safetensors files. `files`: tensor → file; `recipes`: what each parameter of the model is made of."""
 
     files: Mapping[str, Path]
-    stored: Mapping[str, str]
+    recipes: Mapping[str, Recipe]
+    model: PreTrainedModel
 
     def __contains__(self, name: str) -> bool:
-        return name in self.stored
+        return name in self.recipes
+
+    @functools.cached_property
+    def converted(self) -> frozenset[str]:
+        """Parameters that are made of other tensors, and are written as those."""
+        return frozenset(name for name, recipe in self.recipes.items() if recipe.converter is not None)
 
     def read(self, name: str) -> Tensor:
-        """A parameter as it is stored."""
-        key = self.stored[name]
+        """A parameter in the type it is stored in."""
+        return self.recipes[name].make(self.stored, self.model, name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, from the headers alone."""
+        return self.recipes[name].shape(self.stored_shape, self.model, name)
+
+    def stored(self, key: str) -> Tensor:
+        """A tensor of the files."""
         tensor: Tensor = _open(self.files[key]).get_tensor(key)
         return tensor
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, from the header alone."""
-        key = self.stored[name]
+    def stored_shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor of the files."""
         return tuple(_open(self.files[key]).get_slice(key).get_shape())
 
 
@@ -57,25 +70,22 @@ def _open(file: Path) -> Any:
     return _opened(file, file.stat().st_mtime_ns)
 
 
-def find_shards(name_or_path: str, model: PreTrainedModel, *, with_heads: bool = True) -> Shards | None:
+def find_shards(
+    name_or_path: str, model: PreTrainedModel, *, with_heads: bool = True, drawn: frozenset[str] = frozenset()
+) -> Shards | None:
     """The files of a folder or hub model for a model's parameters; None where it has no safetensors, or of other names or shapes.
 
-    Other names are those of checkpoints that transformers converts while it reads them: fused experts, fused projections.
+    `drawn`: parameters that may be absent (a reward model's head). Other names are those of a tensor that several parameters are cut from.
     """
     try:
         files = _files(resolve_model(name_or_path))
     except SafetensorError:
         return None
-    prefix = model.base_model_prefix
-    stored = {}
-    for name in model.state_dict():
-        bare = name.removeprefix(f"{prefix}.")
-        key = next((key for key in (name, bare, f"{prefix}.{name}") if key in files), None)
-        if key is not None:
-            stored[name] = key
-    found = Shards(files, stored)
+    found = Shards(files, recipes(model, files), model)
     needed = dict(model.named_parameters()) if with_heads else _without_heads(model)
-    fits = all(name in found and found.shape(name) == tuple(parameter.shape) for name, parameter in needed.items())
+    fits = all(
+        found.shape(name) == tuple(parameter.shape) if name in found else name in drawn for name, parameter in needed.items()
+    )
     return found if fits else None
 
 
@@ -99,9 +109,14 @@ def _files(folder: str) -> dict[str, Path]:
 
 
 def empty_model(config: Any) -> PreTrainedModel:
-    """A causal language model without weights: they are on the meta device, what it computes from its config is not."""
+    """A causal language model without weights."""
+    return without_weights(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def without_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """What `build` makes, without weights: they are on the meta device, what it computes from its config is not."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = build()
     model.tie_weights()
     forget_lengths(model)
     return model.eval()
