@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,10 +38,11 @@ class Summary:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> Summary:
-    """Of rows with output, n_tokens, stop_reason and, where the answer is not empty, score."""
+    """Of rows with output, n_tokens, stop_reason and, where the answer is not empty, score. Without any score mean and std are NaN."""
     scores = [row["score"] for row in rows if "score" in row]
+    mean, std = (statistics.fmean(scores), statistics.pstdev(scores)) if scores else (math.nan, math.nan)
     return Summary(
-        len(rows), len(rows) - len(scores), statistics.fmean(scores), statistics.pstdev(scores), adherence(rows),
+        len(rows), len(rows) - len(scores), mean, std, adherence(rows),
         sum(row["stop_reason"] == "stop" for row in rows) / len(rows), statistics.fmean(row["n_tokens"] for row in rows),
     )  # fmt: skip
 
@@ -108,7 +110,7 @@ def samples(rows: Sequence[Mapping[str, Any]], names: Sequence[str], questions: 
         own = [row for row in rows if row["model"] == name and row["mode"] == "sampled" and "score" in row]
         scored = sorted(own, key=lambda row: row["score"])
         parts.append(f"### {name}, sampled: the highest and the lowest score")
-        parts += [f"{row['messages'][-1]['content']}\n\n{quoted(name, row)}" for row in (scored[-1], scored[0])]
+        parts += [f"{row['messages'][-1]['content']}\n\n{quoted(name, row)}" for row in [*scored[-1:], *scored[:1]]]
     return "\n\n".join(parts)
 
 

@@ -188,7 +188,7 @@ class Trained:
     adapter: Path
     rollouts: int
     log: list[dict[str, Any]]
-    ended: str  # "all rollouts", "time", or the line of what ended it
+    ended: str  # "all rollouts", "time", "before this run", or the line of what ended it
 
 
 def train_policies(shell: Shell, sft: str, chosen: argparse.Namespace, began: float) -> dict[str, Trained]:
@@ -196,8 +196,11 @@ def train_policies(shell: Shell, sft: str, chosen: argparse.Namespace, began: fl
     limit = None if chosen.minutes is None else max(chosen.minutes * 60 - (time.monotonic() - began) - EVALUATION_SECONDS, 30)
 
     def one(name: str) -> Trained:
-        code = shell.run(f"ppo-{name}", *ppo_words(sft, name, chosen), limit_seconds=limit)
         folder = chosen.output_dir / f"ppo-{name}"
+        if chosen.trained:
+            found = read_lines(folder / "metrics.jsonl")
+            return Trained(folder, found[-1]["step"], found, "before this run")
+        code = shell.run(f"ppo-{name}", *ppo_words(sft, name, chosen), limit_seconds=limit)
         log = read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
         if code == 0:
             return Trained(folder, chosen.rollouts, log, "all rollouts")
@@ -242,6 +245,7 @@ def rate(shell: Shell, sft: str, reward: Path, names: Sequence[str], out: Path) 
                "--output_file", out / "scores.jsonl", "--batch_size", 32)  # fmt: skip
     for row, line in zip(scored, read_lines(out / "scores.jsonl"), strict=True):
         row["score"] = line["score"]
+    write_rows(out / "answers.jsonl", rows)
     return rows
 
 
@@ -302,6 +306,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model_name_or_path", default=MODEL)
     add("--sft_model", default=None, help="merged SFT model that is there already: no SFT")
     add("--reward_adapter", type=Path, default=None, help="reward model that is there already, an adapter on --sft_model")
+    add("--trained", action="store_true", help="PPO's runs are in --output_dir already: only look at what they answer")
     add("--quick", action="store_true", help="a few steps of everything")
     add("--variants", nargs="+", choices=[*VARIANTS], default=["adapter", "trunk"])
     add("--dpo", action="store_true", help="DPO on the same pairs beside PPO")
@@ -331,6 +336,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     chosen = parser.parse_args(words)
     if chosen.reward_adapter and not chosen.sft_model:
         parser.error("--reward_adapter is an adapter on --sft_model: name that too")
+    if chosen.trained and not chosen.reward_adapter:
+        parser.error("--trained needs what PPO was trained from: --sft_model and --reward_adapter")
     return chosen
 
 
@@ -345,7 +352,6 @@ def main() -> None:
     report, rows = run(chosen, device)
     out = chosen.output_dir
     (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_rows(out / "answers.jsonl", rows)
     text = page(report, rows)
     (out / "page.md").write_text(text, encoding="utf-8")
     print(text)

@@ -51,6 +51,14 @@ def test_scores_that_do_not_vary_prove_nothing() -> None:
     assert not verdicts(summary(1.0, std=0.0), summary(3.0), 1.0, 10.0)[0][2]
 
 
+def test_answers_without_any_score_prove_nothing() -> None:
+    mute = summarise([row("", None), row(" ", None)])
+    assert mute.empty == 2
+    assert mute.mean != mute.mean  # not a number
+    assert not verdicts(summary(1.0), mute, 1.0, 10.0)[0][2]
+    assert not verdicts(mute, summary(1.0), 1.0, 10.0)[0][2]
+
+
 def test_nearest_prefers_fewer_steps() -> None:
     assert nearest({4: 0.1, 8: 0.4, 12: 0.9}, 0.3) == 8
     assert nearest({8: 0.4, 4: 0.2}, 0.3) == 4
