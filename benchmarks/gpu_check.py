@@ -10,6 +10,7 @@ Prints one Markdown table. Models have random weights; nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -132,6 +133,7 @@ def throughput(ours: bool, rows: list[dict[str, Any]], shape: dict[str, Any]) ->
         optimizer.step()
         optimizer.zero_grad()
 
+    gc.collect()  # what was measured before
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = timed(step, 1 if DRY else 8)

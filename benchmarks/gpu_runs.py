@@ -6,6 +6,7 @@ The model has the shape of Qwen2.5-0.5B and random weights; a token of its token
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -80,6 +81,7 @@ def save_data(folder: Path, n_rows: int, longest: int) -> dict[str, Path]:
 def peak_memory() -> Iterator[list[float]]:
     """Fills in the largest allocation on the device, in GiB."""
     peak: list[float] = []
+    gc.collect()  # the run before
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,18 @@ def test_activations_are_the_tensors_that_are_kept(
     )  # fmt: skip
     names = ("activations", "attention weights (CPU)", "weights in the type of the products", "head, kept of targets")
     assert size(run, *names) == pytest.approx(kept_bytes(model, autocast, lengths), rel=0.06)
+
+
+def test_liger_keeps_the_input_of_a_norm_and_no_activation() -> None:
+    """A token of a layer in bfloat16: inputs of two norms, of the maps behind them and of the last two maps; q, k, v; gate and up; low rank."""
+    run = run_of(
+        shape=shape(adapter_weights=1000, adapter_columns=28), cpu=False, liger=True, weight_bytes=2, compute_bytes=2,
+        load=Load(tokens=100, targets=99, parts=1, sequences=((100, 0),)),
+    )  # fmt: skip
+    hidden, heads, narrow, inner = 64, 4 * 16, 2 * 16, 160
+    numbers = 2 * hidden + 2 * hidden + 2 * heads + 2 * narrow + 3 * inner + 28
+    assert size(run, "activations") == 100 * 3 * (2 * numbers + 4 * 4)
+    assert size(run, "activations") < size(dataclasses.replace(run, liger=False), "activations")
 
 
 # --- counting ----------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from posttrain.commands.ppo import ROLLOUT_ROWS
 from posttrain.commands.report import quiet_libraries
 from posttrain.config import Config
 from posttrain.model.adapter import Lora
+from posttrain.model.fused_cuda import has_liger
 from posttrain.model.load import read_config
 from posttrain.model.quantize import quantization_of
 from posttrain.model.skeleton import count_adapter, count_weights, lora_of, skeleton
@@ -94,6 +95,7 @@ def describe(config: Config, wanted: flags.PlanFlags, cpu: bool) -> Run:
         bits=int(quantised[0]) if quantised else None, double=bool(config["qlora"]),
         optimizer="adamw_torch" if ppo else str(config["optim"]), cpu=cpu,
         packed=config["padding_free"], fused=cpu and config["fused"],
+        liger=not cpu and config["fused"] and has_liger(),
     )  # fmt: skip
     return with_roles(config, run, wanted.num_processes) if ppo else run
 

@@ -1,7 +1,7 @@
 """How much memory a device needs for a run, by arithmetic alone: numbers in, items in bytes out. `posttrain plan` prints them.
 
 Every item says in which phases it is there; what a device needs is the largest sum of a phase. The formulas follow this package's own
-passes: log-probs in chunks, parts of at most `forward_tokens`, on a CPU the fused functions and blocks of attention.
+passes: log-probs in chunks, parts of at most `forward_tokens`, the fused functions, on a CPU blocks of attention.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from posttrain.training.forecast_run import ALWAYS, BACKWARD, ROLLOUT, START, ST
 CPU_BLOCK_TOKENS, CPU_KEPT_KEYS = 128, 1024  # of model/block_attention.py; a test holds them equal
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, LEAST_CHUNK_TOKENS = 24 << 20, 512 << 20, 96  # of model/head.py, likewise
 ROOM_TOKENS = 64  # of training/decode.py, likewise
-
 PROBED_WEIGHTS = 200_000_000  # of model/attention.py, likewise
 # oneDNN makes kernels for every new length of a part and keeps 1,024 of them. Measured on SmolLM2-135M: docs/results/plan.md.
 KERNEL_BYTES_A_LENGTH, KERNEL_BYTES = 50 << 20, 600 << 20
@@ -183,6 +182,8 @@ def _token_bytes(run: Run) -> tuple[float, str]:
         norms += 0 if run.fused or run.lora else 2 * s.hidden * r
         inputs_mlp = s.hidden * r if same else 2 * s.hidden * c
         mlp = 4 * s.intermediate * c
+    if run.liger:  # a norm keeps its input alone, an MLP no activation
+        norms, mlp = 2 * s.hidden * r, 3 * s.intermediate * c
     total = norms + inputs_attention + inputs_mlp + attention + mlp + low
     return total, f"{total / 1024:.1f} KiB a token and layer"
 

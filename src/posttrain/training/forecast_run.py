@@ -84,6 +84,7 @@ class Run:
     cpu: bool = False
     packed: bool = True
     fused: bool = False  # the CPU's fused functions (those of norms alone on a quantised base)
+    liger: bool = False  # CUDA's, with liger-kernel installed
     rollout: Rollout | None = None  # ppo
     value_model: bool = True  # ppo: values by an adapter or a model of their own
     frozen_copies: int = 0  # ppo: whole models beside the trained one (all weights: the reference)
