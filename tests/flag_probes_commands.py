@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,42 @@ def seed(lab: Lab, command: str) -> None:
     assert one == again != other
 
 
+LONG = "what is a fox? " * 100  # 1,100 tokens; the model has 512 positions
+
+
+def told(lab: Lab, command: str, **flags: Any) -> tuple[int | None, str]:
+    """A question that is too long: the tokens that the context is said to hold, answer and all; None where it was taken. And all that was said."""
+    if command == "chat":
+        said = lab.run("chat", stdin=f"{LONG}\n", **flags).err
+        room = re.search(r"the context has room for (\d+)", said)
+        return int(room[1]) + 8 if room else None, said  # --max_new_tokens
+    row = {"messages": [{"role": "user", "content": LONG}]}
+    if command == "score":
+        row["messages"].append({"role": "assistant", "content": "red"})
+    said = lab.run(command, data_file=lab.jsonl(f"long-{command}.jsonl", [row]), **flags).err
+    holds = re.search(r"the model's context holds (\d+)", said)
+    return int(holds[1]) if holds else None, said
+
+
+def rope_scaling(lab: Lab, command: str) -> None:
+    assert told(lab, command)[0] == 512
+    for kind in ("linear", "dynamic", "yarn", "llama3"):
+        held, said = told(lab, command, rope_scaling=kind, rope_factor=4)
+        assert held is None
+        assert f"rope: {kind}, factor 4" in said
+
+
+def rope_factor(lab: Lab, command: str) -> None:
+    assert told(lab, command, rope_scaling="dynamic", rope_factor=1.1)[0] == 563
+    assert told(lab, command, rope_scaling="dynamic", rope_factor=4)[0] is None
+    for flags, said in (
+        ({"rope_scaling": "dynamic"}, "say by how much with --rope_factor"),
+        ({"rope_factor": 2}, "--rope_factor does nothing without --rope_scaling"),
+        ({"rope_scaling": "dynamic", "rope_factor": 1}, "--rope_factor 1.0: must be above 1"),
+    ):
+        assert said in told(lab, command, **flags)[1]
+
+
 def _for(command: str, check: Callable[[Lab, str], None]) -> Callable[[Lab], None]:
     return lambda lab: check(lab, command)
 
@@ -269,6 +306,11 @@ def batch_size(lab: Lab, command: str) -> None:
         for n in (2, 3):
             lab.good(command, batch_size=n)
     assert sizes == [2, 1, 3]
+
+
+for _check in (rope_scaling, rope_factor):
+    for _command in ("generate", "chat", "inference", "score"):
+        PROBES[_command, _check.__name__] = _for(_command, _check)
 
 
 for _check in (data_file, output_file, batch_size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from posttrain.cli import main
-from posttrain.commands.inference import load_answerer
+from posttrain.commands.inference import answerer_of, load_answerer
 from posttrain.commands.score import load_rater
 from posttrain.flags import InferenceFlags
 from posttrain.model.adapter import load_adapter
@@ -81,6 +82,25 @@ def test_merged_folder_carries_it_to_any_loader(
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
     assert load_answerer(str(out), dtype="float32", template_name="vicuna").context_tokens == 1024
+
+
+def test_flags_in_use(
+    kind: Any, expected: torch.Tensor, adapter: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base is stretched as training would; an adapter's own scaling may be named again, and no other."""
+    load = ["--base_model", str(model_folder), "--dtype", "float32", "--temperature", "0", "--max_new_tokens", "1"]
+    rope = InferenceFlags(base_model=str(model_folder), dtype="float32", rope_scaling=kind, rope_factor=2, template_name="vicuna")
+    plain = load_answerer(str(model_folder), dtype="float32", template_name="vicuna").model
+    stretched = answerer_of(rope).model
+    assert torch.equal(logits(stretched), logits(load_model(str(model_folder), "float32", rope=RopeScaling(kind, factor=2))))
+    short = torch.arange(4, 104)[None]
+    with torch.no_grad():
+        same = torch.equal(stretched(input_ids=short).logits, plain(input_ids=short).logits)
+    assert same is (kind == "dynamic")
+    torch.testing.assert_close(logits(answerer_of(dataclasses.replace(rope, lora_model=str(adapter))).model), expected)
+    other = "yarn" if kind == "linear" else "linear"
+    assert main(["chat", *load, "--lora_model", str(adapter), "--rope_scaling", other, "--rope_factor", "2"]) == 2
+    assert f"--lora_model {adapter} was trained with {kind}, factor 2" in capsys.readouterr().err
 
 
 def test_training_goes_on_under_it(kind: str, adapter: Path, corpus: Path, model_folder: Path, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_the_answer_is_rated_whatever_its_weight(base: str, adapter: str, tmp_pa
     plain = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "fox"}]}
     weighted = {"messages": [plain["messages"][0], {**plain["messages"][1], "weight": 0}]}
     one, other = rate(base, adapter, tmp_path, [plain, weighted])
-    assert one["score"] == other["score"]
+    assert one["score"] == pytest.approx(other["score"], abs=1e-6)  # at other places of one packed row
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from posttrain import flags
-from posttrain.commands.inference import Answerer, answer, check_sampling, finished, load_answerer, with_system
+from posttrain.commands.inference import Answerer, answer, answerer_of, check_sampling, finished, with_system
 from posttrain.commands.report import quiet_libraries
 from posttrain.config import Config
 from posttrain.data.template import encode_prompt, stop_token_ids
-from posttrain.model.quantize import quantization_of
 from posttrain.types import Message, Prompt, RowError
 
 HELP = "/clear forgets the conversation, /system TEXT sets the system prompt (alone: removes it), /exit or Ctrl-D leaves"
@@ -26,11 +25,7 @@ def run(config: Config) -> None:
     quiet_libraries()
     model, sampling = config.group(flags.InferenceFlags), config.group(flags.SamplingFlags)
     check_sampling(sampling)
-    answerer = load_answerer(
-        model.base_model, model.lora_model, tokenizer_path=model.tokenizer_path, template_name=model.template_name,
-        dtype=model.dtype, trust_remote_code=model.trust_remote_code,
-        quantization=quantization_of(model.load_in_4bit, model.load_in_8bit, double=True),
-    )  # fmt: skip
+    answerer = answerer_of(model)
     talk(answerer, sampling, model.system_prompt)
 
 

@@ -22,15 +22,18 @@ from posttrain.types import UserError
 def wanted_rope(config: Config) -> RopeScaling | None:
     """The RoPE scaling that the base is to be loaded with: that of the flags, else that of the adapter that is trained on."""
     kind = config["rope_scaling"] if "rope_scaling" in config.values else None
-    of_adapter = adapter_rope(config["peft_path"]) if config["peft_path"] else None
-    if kind is None:
-        return of_adapter
-    factor = config["rope_factor"]
-    if of_adapter is None:
-        return RopeScaling(kind, factor, row_tokens(config))
-    if of_adapter.kind != kind or factor not in (None, of_adapter.factor):
+    factor = config["rope_factor"] if kind else None
+    return chosen_rope(RopeScaling(kind, factor, row_tokens(config)) if kind else None, config["peft_path"], "--peft_path")
+
+
+def chosen_rope(named: RopeScaling | None, adapter: str | None, flag: str) -> RopeScaling | None:
+    """What the flags name, else what the adapter says. Raises UserError where they differ. `flag`: what named the adapter."""
+    of_adapter = adapter_rope(adapter) if adapter else None
+    if named is None or of_adapter is None:
+        return named or of_adapter
+    if of_adapter.kind != named.kind or named.factor not in (None, of_adapter.factor):
         raise UserError(
-            f"--rope_scaling {kind}: --peft_path {config['peft_path']} was trained with {of_adapter.kind}, factor"
+            f"--rope_scaling {named.kind}: {flag} {adapter} was trained with {of_adapter.kind}, factor"
             f" {of_adapter.factor:g}; leave the flags out, or merge it first"
         )
     return of_adapter

@@ -12,13 +12,16 @@ import torch
 from tqdm import tqdm
 
 from posttrain import flags
-from posttrain.commands.inference import Answer, Answerer, answer, check_sampling, load_answerer, with_system
+from posttrain.commands.inference import Answer, Answerer, answer, answerer_of, check_sampling, finished, with_system
 from posttrain.commands.report import quiet_libraries, say
 from posttrain.config import Config
 from posttrain.data.ledger import Ledger
 from posttrain.data.load import DataSource, iter_examples
-from posttrain.data.template import encode_prompt, message_dicts
-from posttrain.model.quantize import quantization_of
+from posttrain.data.template import encode_prompt, message_dicts, stop_token_ids
+from posttrain.model.attention import unwrap
+from posttrain.training.decode import can_continue
+from posttrain.training.rollout import Sampling
+from posttrain.training.rollout import generate as sample
 from posttrain.types import Prompt, RowError, UserError
 
 WINDOW_BATCHES = 32  # prompts of this many batches are sorted by length together, then written in order
@@ -31,11 +34,7 @@ def run(config: Config) -> None:
     sampling = config.group(flags.SamplingFlags)
     check_sampling(sampling)
     check_files(files.data_file, files.output_file)
-    answerer = load_answerer(
-        model.base_model, model.lora_model, tokenizer_path=model.tokenizer_path, template_name=model.template_name,
-        dtype=model.dtype, trust_remote_code=model.trust_remote_code,
-        quantization=quantization_of(model.load_in_4bit, model.load_in_8bit, double=True),
-    )  # fmt: skip
+    answerer = answerer_of(model)
     started = time.perf_counter()
     n_answers, n_tokens = generate(
         answerer, read_prompts(files.data_file, model.system_prompt), files.output_file, sampling, files.batch_size
@@ -82,7 +81,7 @@ def generate(
     with open(output_file, "w", encoding="utf-8") as out, bar:
         for start in range(0, len(encoded), batch_size * WINDOW_BATCHES):
             window = encoded[start : start + batch_size * WINDOW_BATCHES]
-            replies = answer_window(answerer, [ids for _, ids in window], sampling, batch_size, bar)
+            replies = answer_window(answerer, [ids for _, ids in window], sampling, batch_size, start, bar)
             for (prompt, _), reply in zip(window, replies, strict=True):
                 out.write(json.dumps(to_row(prompt, reply), ensure_ascii=False) + "\n")
                 n_tokens += len(reply.ids)
@@ -91,9 +90,24 @@ def generate(
 
 
 def answer_window(
-    answerer: Answerer, prompts: Sequence[list[int]], sampling: flags.SamplingFlags, batch_size: int, bar: tqdm
-) -> list[Answer]:
-    """Answers in the prompts' order. The longest prompts go first: little padding, and memory that does not suffice shows early."""
+    answerer: Answerer, prompts: Sequence[list[int]], sampling: flags.SamplingFlags, batch_size: int, first: int, bar: tqdm
+) -> list[Answer]:  # fmt: skip
+    """Answers in the prompts' order. The longest prompts go first: little padding, and memory that does not suffice shows early.
+
+    `first` is the number of the first prompt in the file: a sampled answer follows from the seed and its prompt's number, whatever the
+    batch. The library generates where a repetition penalty is asked for, the context is short or the model is spread over devices.
+    """
+    model, room = answerer.model, answerer.context_tokens - max(map(len, prompts))
+    spread = len(set((getattr(unwrap(model), "hf_device_map", None) or {"": 0}).values())) > 1
+    if sampling.repetition_penalty == 1 and sampling.max_new_tokens <= room and not spread and can_continue(model):
+        stops = stop_token_ids(answerer.tokenizer)
+        how = Sampling(
+            sampling.max_new_tokens, tuple(stops), answerer.tokenizer.pad_token_id, sampling.temperature, sampling.top_p, sampling.top_k,
+            batch_rows=batch_size,
+        )  # fmt: skip
+        numbers = range(first, first + len(prompts))
+        responses = sample(model, prompts, how, sampling.seed, numbers=numbers, after_batch=bar.update)
+        return [finished(answerer.tokenizer, response.ids, stops) for response in responses]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     replies: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):

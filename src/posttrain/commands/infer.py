@@ -10,10 +10,9 @@ from pathlib import Path
 from posttrain import flags
 from posttrain.commands import chat
 from posttrain.commands.generate import check_files, generate, read_prompts
-from posttrain.commands.inference import check_sampling, load_answerer, with_system
+from posttrain.commands.inference import answerer_of, check_sampling, with_system
 from posttrain.commands.report import quiet_libraries, say
 from posttrain.config import Config
-from posttrain.model.quantize import quantization_of
 from posttrain.types import Message, Prompt, UserError
 
 QUESTIONS = ("Introduce Beijing in three sentences.", "乙肝和丙肝的区别？")
@@ -26,11 +25,7 @@ def run(config: Config) -> None:
     sampling = config.group(flags.SamplingFlags)
     check_sampling(sampling)
     check(config)
-    answerer = load_answerer(
-        model.base_model, model.lora_model, tokenizer_path=model.tokenizer_path, template_name=model.template_name,
-        dtype=model.dtype, trust_remote_code=model.trust_remote_code,
-        quantization=quantization_of(model.load_in_4bit, model.load_in_8bit, double=True),
-    )  # fmt: skip
+    answerer = answerer_of(model)
     if asked.interactive:
         chat.talk(answerer, sampling, model.system_prompt, remember=not asked.single_turn)
         return

@@ -10,12 +10,15 @@ import torch
 from transformers import GenerationConfig
 
 from posttrain import flags
+from posttrain.commands.forward import chosen_rope, say_rope
 from posttrain.data.template import apply_template, stop_token_ids
-from posttrain.model.adapter import adapter_rope, load_adapter
+from posttrain.model.adapter import load_adapter
+from posttrain.model.attention import enable_segments
 from posttrain.model.load import DType, check_tokenizer, check_vocabulary, load_model, load_tokenizer, resize_embeddings
 from posttrain.model.merge import merge_tokenizer_folder
-from posttrain.model.quantize import Quantization
-from posttrain.model.rope import context_tokens
+from posttrain.model.quantize import Quantization, quantization_of
+from posttrain.model.rope import RopeScaling, context_tokens
+from posttrain.training.resolve_context import check_factor
 from posttrain.types import Message, UserError
 
 StopReason = Literal["stop", "length"]
@@ -39,6 +42,34 @@ class Answer:
     stop_reason: StopReason
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a base is read. `rope`: how its positions are to be stretched, else as its adapter says."""
+
+    trust_remote_code: bool = False
+    quantization: Quantization | None = None
+    rope: RopeScaling | None = None
+
+
+def loading_of(chosen: flags.InferenceFlags) -> Loading:
+    """What the flags say. Raises UserError for what would do nothing or lacks its other half."""
+    check_factor(chosen.rope_scaling, chosen.rope_factor)
+    if chosen.rope_scaling and chosen.rope_factor is None:
+        raise UserError(f"--rope_scaling {chosen.rope_scaling}: say by how much with --rope_factor")
+    rope = RopeScaling(chosen.rope_scaling, chosen.rope_factor) if chosen.rope_scaling else None
+    return Loading(chosen.trust_remote_code, quantization_of(chosen.load_in_4bit, chosen.load_in_8bit, double=True), rope)
+
+
+def answerer_of(chosen: flags.InferenceFlags) -> Answerer:
+    """The model that the flags name."""
+    answerer = load_answerer(
+        chosen.base_model, chosen.lora_model, tokenizer_path=chosen.tokenizer_path, template_name=chosen.template_name,
+        dtype=chosen.dtype, how=loading_of(chosen),
+    )  # fmt: skip
+    say_rope(answerer.model)
+    return answerer
+
+
 def load_answerer(
     base_model: str,
     lora_model: str | None = None,
@@ -46,29 +77,30 @@ def load_answerer(
     tokenizer_path: str | None = None,
     template_name: str | None = None,
     dtype: DType = "auto",
-    trust_remote_code: bool = False,
-    quantization: Quantization | None = None,
+    how: Loading = Loading(),
 ) -> Answerer:
     """The model, with its adapter unmerged where one is named, spread over the GPUs where there are any.
 
     The tokenizer is the named one, else the adapter's, else the model's; padding is on the left.
     """
+    trust_remote_code = how.trust_remote_code
     folder = merge_tokenizer_folder(base_model, lora_model, tokenizer_path) if lora_model else tokenizer_path or base_model
     tokenizer = load_tokenizer(folder, padding_side="left", trust_remote_code=trust_remote_code)
     if tokenizer_path:
         check_tokenizer(tokenizer, tokenizer_path, "--tokenizer_path", base_model, trust_remote_code=trust_remote_code)
     apply_template(tokenizer, template_name)
     device_map = "auto" if torch.cuda.is_available() else None
-    rope = adapter_rope(lora_model) if lora_model else None
     model: Any = load_model(
-        base_model, dtype, quantization=quantization, trust_remote_code=trust_remote_code, device_map=device_map, rope=rope
-    )
+        base_model, dtype, quantization=how.quantization, trust_remote_code=trust_remote_code, device_map=device_map,
+        rope=chosen_rope(how.rope, lora_model, "--lora_model"),
+    )  # fmt: skip
     if lora_model:
         resize_embeddings(model, tokenizer)
     check_vocabulary(model, tokenizer)
     model.generation_config = GenerationConfig()  # a folder's own sampling settings would mix with the flags
     if lora_model:
         model = load_adapter(model, lora_model, trainable=False)
+    enable_segments(model)  # prompts of a batch are then computed without padding
     return Answerer(model.eval(), tokenizer, context_tokens(model.config) or tokenizer.model_max_length)
 
 

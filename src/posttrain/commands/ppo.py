@@ -18,6 +18,7 @@ from transformers import get_scheduler, set_seed
 from posttrain import flags
 from posttrain.commands import rows
 from posttrain.commands.build import source
+from posttrain.commands.lengths import check_lengths, longest_row
 from posttrain.commands.ppo_actors import Actors, build_actors
 from posttrain.commands.ppo_report import Reporter
 from posttrain.commands.report import quiet_libraries, say
@@ -82,6 +83,8 @@ def run_connected(config: Config, accelerator: Accelerator) -> None:
     prompts = load_prompts(config, accelerator, tokenizer)
     set_seed(config["seed"])  # before anything is drawn: new adapters start from the seed
     actors = build_actors(config, tokenizer, accelerator.device)
+    answer_tokens = config["max_target_length"]
+    check_lengths(config, actors.trained.policy_model, (prompts.train, prompts.validation), answer_tokens=answer_tokens)
     reporter = Reporter(folder, accelerator, config["save_total_limit"], tokenizer)
     loop = build_loop(config, accelerator, actors, prompts, tokenizer, reporter)
     if accelerator.is_main_process:
@@ -187,7 +190,7 @@ def build_engine(config: Config, trained: PolicyAndValue) -> RolloutEngine:
         return TorchEngine(trained.policy_model)
     return VllmEngine(
         trained.policy_model, POLICY, resolve_model(config["model_name_or_path"]),
-        config["max_source_length"] + config["max_target_length"], trust_remote_code=config["trust_remote_code"],
+        longest_row(config, trained.policy_model), trust_remote_code=config["trust_remote_code"],
     )  # fmt: skip
 
 

@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 from posttrain import flags
+from posttrain.commands.forward import chosen_rope, say_rope
 from posttrain.commands.generate import WINDOW_BATCHES, check_files
-from posttrain.commands.inference import with_system
+from posttrain.commands.inference import loading_of, with_system
 from posttrain.commands.report import quiet_libraries, say
 from posttrain.config import Config
 from posttrain.data.ledger import Ledger
@@ -23,7 +24,7 @@ from posttrain.data.load import DataSource, iter_examples
 from posttrain.data.pack import Row, collate, collate_padded
 from posttrain.data.pack_pairs import collate_pairs, collate_pairs_padded
 from posttrain.data.template import apply_template, encode_chat, encode_pair, message_dicts, stop_token_ids
-from posttrain.model.adapter import adapter_rope, is_reward_adapter, load_adapter, read_adapter_config
+from posttrain.model.adapter import is_reward_adapter, load_adapter, read_adapter_config
 from posttrain.model.attention import enable_segments
 from posttrain.model.load import (
     check_tokenizer,
@@ -34,7 +35,6 @@ from posttrain.model.load import (
     stores_score_head,
 )
 from posttrain.model.merge import merge_tokenizer_folder
-from posttrain.model.quantize import quantization_of
 from posttrain.model.reward import install_scores, load_reward_model, set_padding
 from posttrain.model.rope import context_tokens
 from posttrain.types import Chat, Pair, RowError, UserError
@@ -78,11 +78,12 @@ def load_rater(chosen: flags.InferenceFlags) -> Rater:
         check_tokenizer(tokenizer, chosen.tokenizer_path, "--tokenizer_path", base, trust_remote_code=trust)
     apply_template(tokenizer, chosen.template_name)
     device_map = "auto" if torch.cuda.is_available() else None
-    rope = adapter_rope(lora) if lora else None
-    quantization = quantization_of(chosen.load_in_4bit, chosen.load_in_8bit, double=True)
+    how = loading_of(chosen)
     model: Any = load_reward_model(
-        base, chosen.dtype, quantization=quantization, trust_remote_code=trust, device_map=device_map, rope=rope
-    )
+        base, chosen.dtype, quantization=how.quantization, trust_remote_code=trust, device_map=device_map,
+        rope=chosen_rope(how.rope, lora, "--lora_model"),
+    )  # fmt: skip
+    say_rope(model)
     if lora:
         resize_embeddings(model, tokenizer)
     check_vocabulary(model, tokenizer)

@@ -14,6 +14,7 @@ from transformers import TrainingArguments, set_seed
 from posttrain.commands import rows
 from posttrain.commands.build import build_model, build_objective, collator, install_head, quantization, source
 from posttrain.commands.forward import prepare_forward
+from posttrain.commands.lengths import check_lengths
 from posttrain.commands.report import quiet_libraries, say
 from posttrain.config import Config
 from posttrain.data.load import LoadedRows
@@ -75,6 +76,7 @@ def run_connected(config: Config, args: TrainingArguments) -> None:
     report_data(config, train, held_out, tokenizer)
     set_seed(config["seed"])  # before anything is drawn: a new adapter starts from the seed
     model = build_model(config, tokenizer)
+    check_lengths(config, model, (train, held_out))
     parents = {"base": artifacts.parent(config["model_name_or_path"], resolve_model(config["model_name_or_path"]))}
     if config["peft_path"]:
         parents["adapter"] = artifacts.parent(config["peft_path"], config["peft_path"])

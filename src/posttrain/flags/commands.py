@@ -36,6 +36,11 @@ class InferenceFlags:
     load_in_4bit: bool = flag(False, "Load the model in 4 bits (NF4, its scales in 8 bits), fused experts too.")
     load_in_8bit: bool = flag(False, "Load the model's linear layers in 8 bits (LLM.int8()).")
     trust_remote_code: bool = flag(False, "Run Python code that comes with the model.")
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = flag(
+        None,
+        "Stretch rotary positions of a model that was trained without. dynamic needs no training for it. Needs --rope_factor.",
+    )
+    rope_factor: float | None = flag(None, "By how much --rope_scaling stretches.")
 
 
 @dataclass(frozen=True)

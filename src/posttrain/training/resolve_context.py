@@ -19,14 +19,18 @@ def row_tokens(config: Config, stage: str | None = None) -> int:
 
 def resolve_context(config: Config) -> Config:
     """Checked, with the groups of shifted attention filled in."""
-    factor = config["rope_factor"]
-    if factor is not None and not config["rope_scaling"]:
-        raise UserError("--rope_factor does nothing without --rope_scaling")
-    if factor is not None and factor <= 1:
-        raise UserError(f"--rope_factor {factor}: must be above 1")
+    check_factor(config["rope_scaling"], config["rope_factor"])
     if config["neft_alpha"] < 0:
         raise UserError(f"--neft_alpha {config['neft_alpha']}: must be at least 0")
     return _resolve_shift(config) if "shift_attn" in config.values else config
+
+
+def check_factor(kind: str | None, factor: float | None) -> None:
+    """Raises UserError for a --rope_factor that would do nothing."""
+    if factor is not None and not kind:
+        raise UserError("--rope_factor does nothing without --rope_scaling")
+    if factor is not None and factor <= 1:
+        raise UserError(f"--rope_factor {factor}: must be above 1")
 
 
 def _resolve_shift(config: Config) -> Config:
