@@ -15,6 +15,8 @@ from transformers import (
     BitsAndBytesConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -204,6 +206,25 @@ def test_experts_in_4_bits_take_no_adapter(mixture: Path) -> None:
     model = load_model(str(mixture), "bfloat16", quantization="4bit")
     with pytest.raises(UserError, match=r"experts\.down_proj: .*4 bits"):
         attach_lora(model, Lora(target_modules="experts.down_proj"))
+
+
+def test_layers_beside_experts_in_4_bits_are_adapted(tmp_path: Path) -> None:
+    """A shared expert's layers have the names of the fused experts' tensors: 'all' takes the ones and leaves the others."""
+    torch.manual_seed(0)
+    sizes = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+    Qwen2MoeForCausalLM(Qwen2MoeConfig(**SHARED, **sizes)).bfloat16().save_pretrained(tmp_path / "base")
+    found = []
+    for how in (None, "4bit"):
+        model = load_model(str(tmp_path / "base"), "bfloat16", quantization=how)  # type: ignore[arg-type]
+        adapted = attach_lora(model, Lora(rank=2))
+        found.append({name for name, p in adapted.named_parameters() if p.requires_grad})
+        assert not any(".experts." in name for name in found[-1])
+        assert any(".shared_expert.down_proj." in name for name in found[-1])
+        adapted.save_pretrained(tmp_path / f"{how}")
+        assert adapted.peft_config["default"].exclude_modules is None
+    assert found[0] == found[1]
+    for adapter, how in (("None", "4bit"), ("4bit", None)):
+        load_adapter(load_model(str(tmp_path / "base"), "bfloat16", quantization=how), str(tmp_path / adapter))  # type: ignore[arg-type]
 
 
 # --- what is shared with dense models -------------------------------------------------------------------------------------

@@ -7,16 +7,18 @@ import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import peft.utils.transformers_weight_conversion as conversion
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.types import UserError
 
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+PACKED = ".parametrizations."  # in the path of what is no layer
 RUNS_CODE = f"{OLD_WEIGHTS} holds more than weights, and code from a file is not run"
 
 
@@ -50,15 +52,23 @@ def layers_by_name(unless: bool = False) -> Iterator[None]:
     """Inside, peft puts matrices on the layers that are named.
 
     For adapters of older models it takes `gate_proj`, `w1` and the like for names of experts, in the models whose experts were such
-    layers, and adapts the fused experts; the dense layers and shared experts of the same names, which are there, are left out.
-    `unless`: it is such an adapter.
+    layers, and adapts the fused experts; the dense layers and shared experts of the same names, which are there, are left out. And it
+    takes what keeps an expert's packed weights (`experts.parametrizations.down_proj`) for a layer. `unless`: it is such an adapter.
     """
     if unless:
         yield
         return
-    theirs = conversion.convert_peft_config_for_transformers
-    conversion.convert_peft_config_for_transformers = lambda *_args, **_kwargs: None
+    theirs, changed = conversion.convert_peft_config_for_transformers, []
+
+    def leave_packed(settings: Any, model: nn.Module, **_: Any) -> None:
+        if settings.exclude_modules is None and any(PACKED in name for name, _ in model.named_modules()):
+            settings.exclude_modules = rf".*{re.escape(PACKED)}.*"
+            changed.append(settings)
+
+    conversion.convert_peft_config_for_transformers = leave_packed
     try:
         yield
     finally:
         conversion.convert_peft_config_for_transformers = theirs
+        for settings in changed:  # it is of this base, not of the adapter
+            settings.exclude_modules = None
