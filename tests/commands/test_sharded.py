@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
 from posttrain.cli import main
+from posttrain.training.engine_setup import check_layout
+from posttrain.types import UserError
 from preference_runs import lines, logged, pairs, run, weights, words, write
 
 pytest.importorskip("deepspeed")
@@ -24,6 +27,8 @@ CONFIGS = ROOT / "scripts"
 SCRIPT = """
 import json, os, sys
 from posttrain.cli import main
+from posttrain.training.engine_setup import check_layout
+from posttrain.types import UserError
 codes = [main(argv) for argv in json.loads(sys.argv[1])]
 print("codes", codes, flush=True)
 os._exit(0)
@@ -57,6 +62,8 @@ def two_processes(commands: list[list[str]], folder: Path) -> tuple[list[int], s
 def data(stage: str, folder: Path) -> dict[str, Any]:
     """13 and 5 rows in global batches of 4: at the end one process has a row too few."""
     made = {"train": pairs(13), "held_out": pairs(5, "dog")}
+    if stage == "pt":
+        made = {name: [{"text": f"{p['chosen']}. {p['rejected']}"} for p in rows] for name, rows in made.items()}
     if stage == "sft":
         made = {
             name: [{"conversations": [*p["conversations"], {"from": "gpt", "value": p["chosen"]}]} for p in rows]
@@ -71,6 +78,8 @@ def data(stage: str, folder: Path) -> dict[str, Any]:
 def cases(stage: str, name: str) -> dict[str, Any]:
     """All weights for one of two, an adapter for the other; forward passes in parts; packed rows of two or so."""
     whole = {"use_peft": False} if name == "whole" else {"forward_tokens": 60}
+    if stage == "pt":  # whose documents are always packed, and cut where a row ends
+        return whole | {"block_size": 48}
     return whole | ({"packing": True, "model_max_length": 64} if stage == "sft" and name != "whole" else {})
 
 
@@ -88,6 +97,16 @@ def compare(one: Path, two: Path) -> None:
         assert biases[1] == pytest.approx(biases[0], abs=1e-5)
 
 
+def merges_as_one(base: Path, folder: Path) -> None:
+    """The adapter of two processes passes the merge's certificate, and gives the model that the adapter of one gives."""
+    for name in ("one-sft-adapter", "two-sft-adapter"):
+        words = {"base_model": base, "lora_model": folder / name, "output_dir": folder / f"merged-{name}"}
+        assert main(["merge", *(str(word) for flag, value in words.items() for word in (f"--{flag}", value))]) == 0
+    one, two = (folder / f"merged-{name}-sft-adapter" for name in ("one", "two"))
+    assert float((weights(one) - weights(two)).abs().max()) <= 1e-6
+    assert (two / "merge_certificate.json").is_file()
+
+
 @pytest.mark.parametrize(
     "engine",
     ["zero3", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "offload"))],
@@ -99,8 +118,10 @@ def test_two_processes_are_as_one(engine: str, model_folder: Path, tmp_path: Pat
         settings["zero_optimization"]["stage"] = 1
         flags["deepspeed"] = tmp_path / "zero1.json"
         flags["deepspeed"].write_text(json.dumps(settings))
-    kinds = [("sft", "whole"), ("sft", "adapter"), ("rm", "adapter"), ("dpo", "whole")]
-    common = {stage: {"model_name_or_path": model_folder, **data(stage, tmp_path), **SHARED} for stage in ("sft", "rm", "dpo")}
+    kinds = [("sft", "whole"), ("sft", "adapter"), ("rm", "adapter"), ("dpo", "whole"), ("pt", "whole"), ("pt", "adapter")]
+    common = {
+        stage: {"model_name_or_path": model_folder, **data(stage, tmp_path), **SHARED} for stage in ("sft", "rm", "dpo", "pt")
+    }
     commands = [
         words(stage, tmp_path / f"two-{stage}-{kind}", **{**common[stage], **cases(stage, kind), **HALVES, **flags})
         for stage, kind in kinds
@@ -121,10 +142,11 @@ def test_two_processes_are_as_one(engine: str, model_folder: Path, tmp_path: Pat
     commands.append(words("sft", again, **saving, resume_from_checkpoint=checkpoint))
     codes, said = two_processes(commands, tmp_path)
     assert codes == [0] * len(commands), said
-    assert said.count("gradient audit: 20 of 20 trainable tensors moved") == 3, "said once per job"
+    assert said.count("gradient audit: 20 of 20 trainable tensors moved") == 4, "said once per job"
     for stage, kind in kinds:
         one = run(stage, tmp_path / f"one-{stage}-{kind}", **{**common[stage], **cases(stage, kind)})
         compare(one, tmp_path / f"two-{stage}-{kind}")
+    merges_as_one(model_folder, tmp_path)
     assert float((weights(straight) - weights(again)).abs().max()) <= 1e-7, "a resumed run goes on as it would have"
     saved = load_file(tmp_path / "two-sft-whole" / "model.safetensors")
     assert "lm_head.weight" not in saved, "a tied matrix is saved once"
@@ -143,6 +165,22 @@ def test_a_checkpoint_of_another_engine_is_refused(
     (folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     assert main(words("sft", tmp_path / "two", **flags, resume_from_checkpoint=one / "checkpoint-1")) == 2
     assert "was saved by DeepSpeed ZeRO-1/2 over 1 processes, and this run is of one process or DDP" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["ZeRO-1/2", "ZeRO-3"])
+def test_a_checkpoint_of_deepspeed_stays_with_its_number_of_processes(stage: str, tmp_path: Path) -> None:
+    """DeepSpeed itself would end with a traceback (ZeRO-1/2) or with a file that is missing (ZeRO-3)."""
+    (tmp_path / "global_step1").mkdir()
+    for rank in range(4):
+        for kind in ("optim", "model") if stage == "ZeRO-3" else ("optim",):
+            (tmp_path / "global_step1" / f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt").touch()
+    file = SimpleNamespace(is_zero3=lambda: stage == "ZeRO-3")
+    arguments: Any = SimpleNamespace(deepspeed="file.json", hf_deepspeed_config=file, fsdp=None, world_size=4)
+    check_layout(str(tmp_path), arguments)
+    arguments.world_size = 2
+    line = f"was saved by DeepSpeed {stage} over 4 processes, and this run is of DeepSpeed {stage} over 2 processes: the optimizer's state"
+    with pytest.raises(UserError, match=line):
+        check_layout(str(tmp_path), arguments)
 
 
 def test_two_engines_at_once_are_refused(

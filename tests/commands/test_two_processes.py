@@ -36,6 +36,9 @@ def test_two_processes_are_as_one(model_folder: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     halves = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "cache_dir": tmp_path / "cache"}
     commands = [words(stage, tmp_path / f"two-{stage}", **{**flags, **halves}) for stage in ("rm", "dpo")]
+    # Figures alone, of a model that is as it was, in batches of the same rows: not a bit may differ.
+    figures_alone = {**flags, "do_train": False, "per_device_eval_batch_size": 2, "cache_dir": tmp_path / "cache"}
+    commands += [words(stage, tmp_path / f"figures-two-{stage}", **figures_alone) for stage in ("rm", "dpo")]
     script = tmp_path / "both.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
@@ -46,6 +49,14 @@ def test_two_processes_are_as_one(model_folder: Path, tmp_path: Path) -> None:
     # A thread of the connection that outlives the interpreter aborts a finished run, now and then.
     assert done.stdout.count("at exit: ") == 2
     assert "gloo" not in done.stdout
+    for stage in ("rm", "dpo"):
+        alone = run(stage, tmp_path / f"figures-one-{stage}", **figures_alone)
+        found = [
+            {k: v for k, v in lines(folder)[-1].items() if k.startswith("eval_")}
+            for folder in (alone, tmp_path / f"figures-two-{stage}")
+        ]
+        assert len(found[0]) > 5
+        assert found[0] == found[1]
     for said in ("reference log-probs: 13 pairs, computed", "reference log-probs: 5 pairs, computed"):
         assert done.stderr.count(said) == 1  # said once per job
     for stage in ("rm", "dpo"):
