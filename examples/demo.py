@@ -40,7 +40,8 @@ def posttrain(*words: str) -> None:
 
 def read_lines(path: Path) -> list[dict]:
     """The objects of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # str.splitlines would also cut at the separators that a text may hold
+        return [json.loads(line) for line in file]
 
 
 def answers(model: str, name: str, out: Path) -> list[dict]:

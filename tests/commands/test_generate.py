@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from lively import save_lively
 from posttrain import flags
 from posttrain.cli import main
+from posttrain.commands import generate as generate_module
 from posttrain.commands import inference
 from posttrain.commands.generate import generate, read_prompts
 from posttrain.commands.inference import Answerer, answer, finished, load_answerer, with_system
@@ -86,6 +88,44 @@ def test_sampling_is_seeded(answerer: Answerer, tmp_path: Path) -> None:
 
     assert outputs(1) == outputs(1)
     assert outputs(1) != outputs(2)
+
+
+def of_file(answerer: Answerer, file: Path, batch_size: int = 2, **sampling: Any) -> list[str]:
+    """What `posttrain generate` writes."""
+    generate(answerer, prompts(), str(file), flags.SamplingFlags(**sampling), batch_size)
+    return [row["output"] for row in rows(file)]
+
+
+def test_a_sampled_answer_follows_from_seed_and_prompt_whatever_the_batch(answerer: Answerer, tmp_path: Path) -> None:
+    wide: dict[str, Any] = {"max_new_tokens": 8, "temperature": 2.0, "top_p": 1.0, "seed": 3}
+    alone = of_file(answerer, tmp_path / "a.jsonl", 1, **wide)
+    assert of_file(answerer, tmp_path / "b.jsonl", 4, **wide) == alone
+    assert len({*alone}) == len(alone)
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=str)
+def test_each_sampling_flag_acts_on_a_file(answerer: Answerer, tmp_path: Path, narrow: dict[str, Any]) -> None:
+    wide: dict[str, Any] = {"max_new_tokens": 8, "temperature": 30.0, "top_p": 1.0}
+    greedy = of_file(answerer, tmp_path / "greedy.jsonl", max_new_tokens=8, temperature=0)
+    assert of_file(answerer, tmp_path / "narrow.jsonl", **(wide | narrow)) == greedy
+    assert of_file(answerer, tmp_path / "wide.jsonl", **wide) != greedy
+
+
+def test_a_penalty_and_a_short_context_are_left_to_the_library(
+    answerer: Answerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours: list[int] = []
+    sample = generate_module.sample
+    monkeypatch.setattr(generate_module, "sample", lambda *args, **kwargs: ours.append(1) or sample(*args, **kwargs))  # type: ignore[func-returns-value]
+    long: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0}
+    plain = of_file(answerer, tmp_path / "a.jsonl", **long)
+    assert ours == [1]
+    assert of_file(answerer, tmp_path / "b.jsonl", **long, repetition_penalty=1e6) != plain
+    short = dataclasses.replace(answerer, context_tokens=max(len(encode_prompt(answerer.tokenizer, p)) for p in prompts()) + 2)
+    of_file(short, tmp_path / "c.jsonl", 1, **long)
+    assert [row["n_tokens"] <= 30 for row in rows(tmp_path / "c.jsonl")] == [True] * len(QUESTIONS)
+    assert min(row["n_tokens"] for row in rows(tmp_path / "c.jsonl")) <= 2
+    assert ours == [1]
 
 
 @pytest.mark.parametrize(

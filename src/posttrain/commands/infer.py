@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from posttrain.commands.generate import check_files, generate, read_prompts
 from posttrain.commands.inference import answerer_of, check_sampling, with_system
 from posttrain.commands.report import quiet_libraries, say
 from posttrain.config import Config
+from posttrain.training.artifacts import json_lines
 from posttrain.types import Message, Prompt, UserError
 
 QUESTIONS = ("Introduce Beijing in three sentences.", "乙肝和丙肝的区别？")
@@ -32,8 +32,7 @@ def run(config: Config) -> None:
     prompts = read_prompts(asked.data_file, model.system_prompt) if asked.data_file else built_in(model.system_prompt)
     n_answers, _ = generate(answerer, prompts, asked.output_file, sampling, asked.batch_size)
     if not asked.data_file:
-        for line in Path(asked.output_file).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for _, row in json_lines(Path(asked.output_file)):
             sys.stdout.write(f"Input: {row['messages'][-1]['content']}\nOutput: {row['output']}\n\n")
     say(f"{n_answers:,} answers: {asked.output_file}")
 

@@ -36,9 +36,8 @@ class Reporter:
         for name in (METRICS_FILE, SAMPLES_FILE) if self.accelerator.is_main_process else ():
             file = self.folder / name
             if file.is_file():
-                lines = file.read_text(encoding="utf-8").splitlines()
-                kept = [line for line in lines if step and json.loads(line)["step"] <= step]
-                file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                kept = [line for line, row in artifacts.json_lines(file) if step and row["step"] <= step]
+                file.write_text("".join(kept), encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float], rollout: Rollout | None) -> None:
         """A step's metrics, and (with a rollout) some of its answers."""
@@ -62,7 +61,7 @@ class Reporter:
         """What a finished run of the other stages leaves too: the last figures as text, and all of them in trainer_state.json."""
         if not self.accelerator.is_main_process:
             return
-        lines = [json.loads(line) for line in (self.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+        lines = [row for _, row in artifacts.json_lines(self.folder / METRICS_FILE)]
         for name, is_eval in (("train", False), ("eval", True)):
             rows = [line for line in lines if ("eval_score" in line) is is_eval]
             if rows:

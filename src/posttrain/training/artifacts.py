@@ -23,6 +23,15 @@ CONTENT = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 NOT_CONTENT = {RUN_FILE, "ledger.json", "metrics.jsonl", "trainer_state.json", "training_args.bin", "merge_certificate.json"}
 
 
+def json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(line with its end, its object) of a JSONL file that a run appends to; a last line that a killed process left unfinished is no line.
+
+    str.splitlines would also cut at U+2028 and the like, which texts may hold.
+    """
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        return [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+
+
 def open_run_folder(folder: Path, overwrite: bool, resuming: bool, sources: Mapping[str, str | None] | None = None) -> None:
     """Make `folder` ready. UserError when it already holds a run and the user neither resumes nor overwrites it.
 

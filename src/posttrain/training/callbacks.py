@@ -11,6 +11,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from posttrain.training.artifacts import json_lines
+
 METRICS_FILE = "metrics.jsonl"
 SHOWN = (
     "loss", "eval_loss", "eval_perplexity", "accuracy", "eval_accuracy", "reward_margin", "grad_norm", "learning_rate",
@@ -28,13 +30,13 @@ class MetricsFile(TrainerCallback):
         """Keep the lines up to the step that training goes on from."""
         if not args.should_save or not self.file.is_file():
             return
-        lines = self.file.read_text(encoding="utf-8").splitlines()
-        rows = [(line, json.loads(line)) for line in lines]
         # The summary of a finished run is written again.
         kept = [
-            line for line, row in rows if state.global_step and row["step"] <= state.global_step and "train_runtime" not in row
+            line
+            for line, row in json_lines(self.file)
+            if state.global_step and row["step"] <= state.global_step and "train_runtime" not in row
         ]
-        self.file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.file.write_text("".join(kept), encoding="utf-8")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append the log's values."""

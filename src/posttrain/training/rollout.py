@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,12 +82,14 @@ def generate(
     *,
     numbers: Sequence[int] | None = None,
     figures: RolloutFigures | None = None,
+    after_batch: Callable[[int], Any] = lambda _: None,
 ) -> list[Response]:
     """Responses in the prompts' order, `num_generations` after one another for each. The adapter that is active is used.
 
     A response depends on (`seed`, the number of its prompt, its generation, the model) alone, up to rounding: not on the batch that
     it is decoded in. `numbers` are the prompts' numbers in the whole run, over ranks and steps (default: 0, 1, …), so that `seed` and
-    a count are all that a resumed run needs. Raises UserError when the logits are no numbers.
+    a count are all that a resumed run needs. `after_batch` is told how many responses there are now more. Raises UserError when the
+    logits are no numbers.
     """
     started = time.perf_counter()
     figures = RolloutFigures() if figures is None else figures
@@ -115,6 +118,7 @@ def generate(
                 rows = _library(model, texts, settings, seed + streams[0])
             k = settings.num_generations
             answers |= {i: rows[k * b : k * (b + 1)] for b, i in enumerate(batch)}
+            after_batch(len(rows))
     responses = [Response(ids, bool(ids) and ids[-1] in settings.stop_ids) for i in range(len(prompts)) for ids in answers[i]]
     figures.responses += len(responses)
     figures.new_tokens += sum(len(response.ids) for response in responses)
