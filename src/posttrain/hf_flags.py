@@ -96,7 +96,9 @@ ABOUT_MODELS = {"model_type", "device_map", "use_fast_tokenizer"}
 
 _OWN_LOSS = "the loss here is a sum over target log-probs divided once by the step's weight"
 _EVAL_TYPE = "evaluation computes in the types of training: see --bf16 and --dtype"
-_LIGER = "--fused uses its kernels for norms, MLPs and rotary positions where the package is installed, and the fused loss is built in"
+_LIGER = (
+    "--fused uses its kernels for norms, MLPs and rotary positions where the package is installed, and the fused loss is built in"
+)
 _COMPILE = "every batch has a length and segments of its own, and the compiler would compile for each of them"
 REFUSED: dict[str, str] = {
     "label_smoothing_factor": _OWN_LOSS,
