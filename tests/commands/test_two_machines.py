@@ -13,16 +13,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import ppo_runs
 from conftest import ROOT
 from preference_runs import lines, logged, pairs, run, weights, words, write
 
-SCRIPTS = {"sft": "supervised_finetuning.py", "dpo": "dpo_training.py"}
+SCRIPTS = {"sft": "supervised_finetuning.py", "dpo": "dpo_training.py", "ppo": "ppo_training.py"}
 PATIENCE_SECONDS = 10  # --ddp_timeout
 GUIDE_SECONDS = 300  # for a whole run: this machine may be busy
 
@@ -89,12 +91,13 @@ class Hosts:
 
     def start(self, stage: str, **flags: Any) -> None:
         """The guide's command on both hosts."""
+        command_line = ppo_runs.words if stage == "ppo" else partial(words, stage)
         port = next(self.ports)
         for node, name in enumerate(self.names):
             torchrun = [
                 sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--nnodes", "2", "--node_rank", node,
                 "--master_addr", "10.199.0.1", "--master_port", port, ROOT / "scripts" / SCRIPTS[stage],
-                *words(stage, self.disk / stage, **flags)[1:],
+                *command_line(self.disk / stage, **flags)[1:],
             ]  # fmt: skip
             own_disk = f'mount --bind {self.folders[node]} {self.disk} && cd {self.disk} && exec "$@"'
             command = ["ip", "netns", "exec", name, "sh", "-c", own_disk, "sh", *map(str, torchrun)]
@@ -238,3 +241,44 @@ def test_sft_on_two_hosts_survives_a_cut_cable(hosts: Hosts, model_folder: Path,
     assert torch.equal(weights(first), weights(second))
     assert [line["step"] for line in lines(second)] == [*range(1, 41), 40]
     assert json.loads((second / "ledger.json").read_text()) == json.loads((first / "ledger.json").read_text())
+
+
+@pytest.mark.slow
+def test_ppo_on_two_hosts_is_as_on_one_and_survives_a_cut_cable(hosts: Hosts, tmp_path: Path) -> None:
+    """Only the first host has the run folder: to go on after the cable was pulled, it is copied to the other."""
+    for folder in (*hosts.folders, tmp_path):
+        ppo_runs.save_speaker(folder / "model", scale=8)
+        ppo_runs.write_prompts(folder / "prompts.jsonl", [f"question {letter}" for letter in "abcdefghijk"])
+    # Small steps: where a clip or a sample flips, rounding becomes another run.
+    flags: dict[str, Any] = {"dtype": "float32", "max_steps": 8, "save_steps": 2, "adam_epsilon": 1e-3, "learning_rate": 1e-3}
+    names = {"model_name_or_path": "model", "train_file_dir": "prompts.jsonl", "cache_dir": "cache"}
+    one = ppo_runs.run(tmp_path / "one", **flags, **{name: tmp_path / file for name, file in names.items()})
+    both = {
+        **flags, **{name: hosts.disk / file for name, file in names.items()}, "ddp_timeout": PATIENCE_SECONDS,
+        "resume_from_checkpoint": "auto",
+    }  # fmt: skip
+    first, second = (folder / "ppo" for folder in hosts.folders)
+    hosts.start("ppo", **both)
+    until = time.monotonic() + GUIDE_SECONDS
+    while not (first / "checkpoint-2" / "trainer_state.json").is_file():
+        assert time.monotonic() < until
+        assert all(process.poll() is None for process in hosts.started), hosts.said(0) + hosts.said(1)
+        time.sleep(0.01)
+    hosts.cable("down")
+    assert all(hosts.wait()), hosts.said(0) + hosts.said(1)
+    for node in (0, 1):
+        line = next(line for line in hosts.said(node).splitlines() if "lost the connection" in line)
+        assert "Traceback (most recent call last)" not in hosts.said(node).partition(line)[0]
+    assert not (first / "adapter_model.safetensors").exists()
+    hosts.cable("up")
+    hosts.start("ppo", **both)
+    assert all(hosts.wait())
+    assert "no checkpoint in common (process 1 has none)" in hosts.said(0)
+    assert not [file for file in second.rglob("*") if file.is_file()]
+    shutil.copytree(first, second, dirs_exist_ok=True)
+    hosts.start("ppo", **both)
+    assert hosts.wait() == [0, 0], hosts.said(0) + hosts.said(1)
+    assert "resuming from" in hosts.said(0)
+    assert float((ppo_runs.weights(one) - ppo_runs.weights(first)).abs().max()) <= 1e-5
+    for line, expected in zip(ppo_runs.lines(first), ppo_runs.lines(one), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
