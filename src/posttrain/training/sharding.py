@@ -239,10 +239,20 @@ class DeepSpeed:
         except (ValueError, AssertionError, TypeError) as error:
             raise UserError(f"--deepspeed: {' '.join(str(error).split())}") from error
 
-    def gathered(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
         """ZeRO-3 gathers all parameters once; the other stages have them whole."""
-        context: AbstractContextManager[None] = contextlib.nullcontext()
-        return self._zero.unwrap_model_for_generation(self.wrapped) if self.stage == 3 else context
+        if self.stage < 3:
+            yield
+            return
+        hooks = getattr(self.wrapped.optimizer, "parameter_offload", self.wrapped.optimizer)
+        with self._zero.unwrap_model_for_generation(self.wrapped):
+            # Left there, it compares at every pass what the processes did before, and waits for those that have fewer answers to pass.
+            hooks.fwd_pre_hook.remove()
+            yield
+        hooks.fwd_pre_hook = hooks.module.register_forward_pre_hook(
+            lambda *_: hooks.get_param_coordinator().reset_step(), prepend=True
+        )
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
