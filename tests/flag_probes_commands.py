@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,21 +135,29 @@ def answers(lab: Lab, command: str, **flags: Any) -> list[str]:
     return [lab.good("chat", stdin="what is 0?\n/clear\nwhat is 1?\n/clear\nwhat is 2?\n", **flags).out]
 
 
-def prompt_tokens(lab: Lab, command: str, **flags: Any) -> list[list[int]]:
-    """The ids of the prompts that the model is given."""
-    from posttrain.commands import chat, generate
+@contextmanager
+def batches(command: str) -> Iterator[list[list[list[int]]]]:
+    """The batches of prompts that the model is given: of a file by our own decoding, in a chat by the library's."""
+    from posttrain.commands import chat
+    from posttrain.training import rollout
 
-    module, seen = {"chat": chat, "generate": generate, "inference": generate}[command], list[list[int]]()
-    answer = module.answer
+    module, name = (chat, "answer") if command == "chat" else (rollout, "_decode")
+    seen, original = list[list[list[int]]](), getattr(module, name)
 
-    def spy(answerer: Any, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        seen.extend(prompts)
-        return answer(answerer, prompts, *args, **kwargs)
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(list(args[1]))
+        return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "answer", spy)
+        patch.setattr(module, name, spy)
+        yield seen
+
+
+def prompt_tokens(lab: Lab, command: str, **flags: Any) -> list[list[int]]:
+    """The ids of the prompts that the model is given."""
+    with batches(command) as seen:
         answers(lab, command, **flags)
-    return seen
+    return [prompt for batch in seen for prompt in batch]
 
 
 def base_model(lab: Lab, command: str) -> None:
@@ -292,20 +301,10 @@ def output_file(lab: Lab, command: str) -> None:
 
 
 def batch_size(lab: Lab, command: str) -> None:
-    from posttrain.commands import generate
-
-    sizes: list[int] = []
-    answer = generate.answer
-
-    def spy(answerer: Any, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        sizes.append(len(prompts))
-        return answer(answerer, prompts, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "answer", spy)
+    with batches(command) as seen:
         for n in (2, 3):
             lab.good(command, batch_size=n)
-    assert sizes == [2, 1, 3]
+    assert [len(batch) for batch in seen] == [2, 1, 3]
 
 
 for _check in (rope_scaling, rope_factor):

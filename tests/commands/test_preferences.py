@@ -200,7 +200,7 @@ def test_update_does_not_depend_on_the_cut(stage: str, use_peft: bool, data: dic
     for other in runs[1:]:
         assert float((weights(other) - first).abs().max()) <= 1e-6
         for name in ("loss", "eval_loss", "eval_accuracy"):
-            assert logged(other, name) == pytest.approx(logged(runs[0], name), abs=2e-6)
+            assert logged(other, name) == pytest.approx(logged(runs[0], name), abs=1e-5)
         # At the first step of dpo the policies are equal, and which answer is ahead is a matter of rounding.
         assert logged(other, "accuracy")[stage == "dpo" :] == logged(runs[0], "accuracy")[stage == "dpo" :]
 

@@ -180,8 +180,10 @@ def test_the_reward_adapter_scores_the_stop_token_and_nothing_else(
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.Linear, "forward", spy)
         rollout = collect(loop, Clock())
-    # The reward head reads a state an answer; the other narrow head is the value's, which reads an answer's tokens and where it begins.
-    assert rows == [16, sum(len(episode.answer_ids) + 1 for episode in rollout.episodes)]
+    # The reward head reads a state an answer; the other narrow head is the value's, which reads an answer's tokens and where it begins,
+    # micro-batch by micro-batch.
+    assert rows[0] == 16
+    assert sum(rows[1:]) == sum(len(episode.answer_ids) + 1 for episode in rollout.episodes)
     assert len(rollout.episodes) == 16
     plain = PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(speaker, num_labels=1, dtype=torch.float32), folder
