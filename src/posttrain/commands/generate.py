@@ -18,7 +18,7 @@ from posttrain.config import Config
 from posttrain.data.ledger import Ledger
 from posttrain.data.load import DataSource, iter_examples
 from posttrain.data.template import encode_prompt, message_dicts, stop_token_ids
-from posttrain.model.attention import unwrap
+from posttrain.model.attention import enable_segments, unwrap
 from posttrain.training.decode import can_continue
 from posttrain.training.rollout import Sampling
 from posttrain.training.rollout import generate as sample
@@ -71,6 +71,7 @@ def generate(
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     torch.manual_seed(sampling.seed)
+    enable_segments(answerer.model)  # prompts of a batch are then computed without padding, and a GPU's step can be recorded
     # All are encoded first: a prompt that cannot be used is told before hours are spent on the others.
     encoded = [(prompt, encode(answerer, prompt)) for prompt in prompts]
     if not encoded:

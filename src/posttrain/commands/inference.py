@@ -13,7 +13,6 @@ from posttrain import flags
 from posttrain.commands.forward import chosen_rope, say_rope
 from posttrain.data.template import apply_template, stop_token_ids
 from posttrain.model.adapter import load_adapter
-from posttrain.model.attention import enable_segments
 from posttrain.model.load import DType, check_tokenizer, check_vocabulary, load_model, load_tokenizer, resize_embeddings
 from posttrain.model.merge import merge_tokenizer_folder
 from posttrain.model.quantize import Quantization, quantization_of
@@ -100,7 +99,6 @@ def load_answerer(
     model.generation_config = GenerationConfig()  # a folder's own sampling settings would mix with the flags
     if lora_model:
         model = load_adapter(model, lora_model, trainable=False)
-    enable_segments(model)  # prompts of a batch are then computed without padding
     return Answerer(model.eval(), tokenizer, context_tokens(model.config) or tokenizer.model_max_length)
 
 

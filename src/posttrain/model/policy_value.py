@@ -11,19 +11,17 @@ import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.model.adapter import read_adapter_config
-from posttrain.model.adapter_file import layers_by_name
+from posttrain.model.adapter_file import layers_by_name, read_adapter_weights
 from posttrain.model.attention import find_decoder, unwrap
 from posttrain.types import PackedBatch, UserError
 
@@ -196,10 +194,7 @@ def add_adapter(model: PeftModel, name: str, folder: str | None, *, trainable: b
     read_adapter_config(folder)
     config = LoraConfig.from_pretrained(folder)
     check_plain(config, folder)
-    file = Path(folder) / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{folder}: no adapter_model.safetensors in it")
-    weights = load_file(file)
+    weights = read_adapter_weights(folder)
     heads = [key for key in weights if key.endswith("score.weight")]
     head = _frozen_head(weights.pop(heads[0])) if heads else None
     try:
