@@ -99,14 +99,15 @@ def test_a_window_or_positions_of_its_own_keep_the_growing_step(family: str, ste
     assert not steps
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
 def test_what_cannot_be_recorded_is_told_and_decoded_otherwise(
-    steps: list[FixedStep], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: type[Exception], steps: list[FixedStep], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, prompts = ready(lively()), random_prompts()
     expected = growing(model, prompts, GREEDY, seed=0)
 
     def fail(*_args: Any, **_kwargs: Any) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        raise kind("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(FixedStep, "__init__", fail)
     settings = dataclasses.replace(GREEDY, batch_rows=2)
