@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from posttrain.commands.threads import set_waiting
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 OUT = ROOT / "outputs" / "bench"
@@ -107,7 +109,7 @@ def run_contender(
     words = [str(python), script, "--contender", name, "--rows_file", str(rows_file), "--steps", str(steps), "--dtype", dtype]
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     if name.startswith("ours"):
-        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it; TRL keeps its own (faster alone) default
+        set_waiting(env)  # as the command line does; TRL keeps torch's default, whose threads spin longest
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")

@@ -13,14 +13,13 @@ from dataclasses import MISSING
 from posttrain import __version__, config
 from posttrain.commands.report import first_to_say, say
 from posttrain.commands.table import COMMANDS, understood
+from posttrain.commands.threads import set_waiting
 from posttrain.data.template_files import list_templates
 from posttrain.types import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit code 0, or 2 with one line on standard error for a user's mistake."""
-    # OpenMP threads that spin while they wait starve each other on a machine with other work: ten times slower was seen.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(words)
@@ -58,6 +57,7 @@ def _dispatch(words: list[str]) -> int:
     if "cache_dir" in parsed.values and parsed["cache_dir"]:
         _use_cache(parsed["cache_dir"])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of a kernel that it does without as soon as it is imported
+    set_waiting()
     importlib.import_module(f"posttrain.commands.{command.module}").run(parsed)
     return 0
 
