@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posttrain.commands.threads import set_waiting
-
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 OUT = ROOT / "outputs" / "bench"
@@ -109,6 +107,8 @@ def run_contender(
     words = [str(python), script, "--contender", name, "--rows_file", str(rows_file), "--steps", str(steps), "--dtype", dtype]
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     if name.startswith("ours"):
+        from posttrain.commands.threads import set_waiting  # TRL's environment, where this module is read too, lacks the package
+
         set_waiting(env)  # as the command line does; TRL keeps torch's default, whose threads spin longest
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     if done.returncode:
