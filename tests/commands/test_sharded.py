@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
 from posttrain.cli import main
-from posttrain.training.engine_setup import check_layout
+from posttrain.training.engine_setup import LAYOUT_FILE, check_layout, write_layout
 from posttrain.types import UserError
 from preference_runs import lines, logged, pairs, run, weights, words, write
 
@@ -34,7 +34,6 @@ print("codes", codes, flush=True)
 os._exit(0)
 """
 ENGINES = {
-    "zero1": {"deepspeed": "zero1.json"},
     "zero2": {"deepspeed": CONFIGS / "deepspeed_zero_stage2_config.json"},
     "zero3": {"deepspeed": CONFIGS / "deepspeed_zero_stage3_config.json"},
     "offload": {"deepspeed": CONFIGS / "deepspeed_zero_stage3_offload_config.json"},
@@ -45,6 +44,15 @@ SHARED: dict[str, Any] = {
     "per_device_eval_batch_size": 4,
 }  # fmt: skip
 HALVES = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+
+
+def zero1_file(folder: Path) -> Path:
+    """The settings of stage 2 with another number."""
+    settings = json.loads((CONFIGS / "deepspeed_zero_stage2_config.json").read_text())
+    settings["zero_optimization"]["stage"] = 1
+    file = folder / "zero1.json"
+    file.write_text(json.dumps(settings))
+    return file
 
 
 def two_processes(commands: list[list[str]], folder: Path) -> tuple[list[int], str]:
@@ -112,12 +120,8 @@ def merges_as_one(base: Path, folder: Path) -> None:
     ["zero3", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "offload"))],
 )
 def test_two_processes_are_as_one(engine: str, model_folder: Path, tmp_path: Path) -> None:
-    flags = dict(ENGINES[engine])
-    if engine == "zero1":
-        settings = json.loads((CONFIGS / "deepspeed_zero_stage2_config.json").read_text())
-        settings["zero_optimization"]["stage"] = 1
-        flags["deepspeed"] = tmp_path / "zero1.json"
-        flags["deepspeed"].write_text(json.dumps(settings))
+    engines = {**ENGINES, "zero1": {"deepspeed": zero1_file(tmp_path)}}
+    flags = engines[engine]
     kinds = [("sft", "whole"), ("sft", "adapter"), ("rm", "adapter"), ("dpo", "whole"), ("pt", "whole"), ("pt", "adapter")]
     common = {
         stage: {"model_name_or_path": model_folder, **data(stage, tmp_path), **SHARED} for stage in ("sft", "rm", "dpo", "pt")
@@ -140,14 +144,21 @@ def test_two_processes_are_as_one(engine: str, model_folder: Path, tmp_path: Pat
     commands.append(words("sft", straight, **saving))
     checkpoint = straight / "checkpoint-2"
     commands.append(words("sft", again, **saving, resume_from_checkpoint=checkpoint))
+    changed = {"zero1": "zero2", "zero2": "zero1"}.get(engine)  # the one's state fits the other
+    if changed:
+        other = {**saving, **engines[changed]}
+        commands.append(words("sft", tmp_path / "other", **other, resume_from_checkpoint=checkpoint))
     codes, said = two_processes(commands, tmp_path)
     assert codes == [0] * len(commands), said
+    assert json.loads((checkpoint / LAYOUT_FILE).read_text())["layout"].split()[0] in ("DeepSpeed", "FSDP")
     assert said.count("gradient audit: 20 of 20 trainable tensors moved") == 4, "said once per job"
     for stage, kind in kinds:
         one = run(stage, tmp_path / f"one-{stage}-{kind}", **{**common[stage], **cases(stage, kind)})
         compare(one, tmp_path / f"two-{stage}-{kind}")
     merges_as_one(model_folder, tmp_path)
     assert float((weights(straight) - weights(again)).abs().max()) <= 1e-7, "a resumed run goes on as it would have"
+    if changed:
+        assert float((weights(straight) - weights(tmp_path / "other")).abs().max()) <= 1e-7
     saved = load_file(tmp_path / "two-sft-whole" / "model.safetensors")
     assert "lm_head.weight" not in saved, "a tied matrix is saved once"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "two-sft-whole", dtype=torch.float32)
@@ -160,6 +171,8 @@ def test_a_checkpoint_of_another_engine_is_refused(
     """The library would take the weights, leave the optimizer's state out, and say nothing."""
     flags = {"model_name_or_path": model_folder, **data("sft", tmp_path), **SHARED, "max_steps": 1}
     one = run("sft", tmp_path / "one", **{**flags, "save_strategy": "steps", "save_steps": 1})
+    assert json.loads((one / "checkpoint-1" / LAYOUT_FILE).read_text()) == {"layout": "plain"}
+    (one / "checkpoint-1" / LAYOUT_FILE).unlink()  # as it was saved before there was one
     folder = one / "checkpoint-1" / "global_step1"
     folder.mkdir()
     (folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
@@ -180,6 +193,27 @@ def test_a_checkpoint_of_deepspeed_stays_with_its_number_of_processes(stage: str
     arguments.world_size = 2
     line = f"was saved by DeepSpeed {stage} over 4 processes, and this run is of DeepSpeed {stage} over 2 processes: the optimizer's state"
     with pytest.raises(UserError, match=line):
+        check_layout(str(tmp_path), arguments)
+
+
+def test_a_node_has_the_files_of_its_own_processes(tmp_path: Path) -> None:
+    """Without a file system that nodes share: what the checkpoint says counts, not how many files are there."""
+    (tmp_path / "global_step1").mkdir()
+    for rank in range(2):
+        (tmp_path / "global_step1" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    file = SimpleNamespace(is_zero3=lambda: False)
+    arguments: Any = SimpleNamespace(
+        deepspeed="file.json", hf_deepspeed_config=file, fsdp=None, world_size=4, local_process_index=1
+    )
+    with pytest.raises(UserError, match="over 2 processes, and this run is of DeepSpeed ZeRO-1/2 over 4 processes"):
+        check_layout(str(tmp_path), arguments)
+    write_layout(tmp_path, arguments)
+    assert not (tmp_path / LAYOUT_FILE).exists(), "one process of a node writes it"
+    arguments.local_process_index = 0
+    write_layout(tmp_path, arguments)
+    check_layout(str(tmp_path), arguments)
+    arguments.deepspeed = None
+    with pytest.raises(UserError, match="ZeRO-1/2 over 4 processes, and this run is of one process or DDP"):
         check_layout(str(tmp_path), arguments)
 
 

@@ -23,6 +23,8 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from posttrain.model.attention import unwrap
 from posttrain.types import UserError
 
+LAYOUT_FILE = "engine.json"  # in a checkpoint
+
 
 def engine_arguments(deepspeed: Any, fsdp: Any, on_cpu: bool, timeout_seconds: int) -> dict[str, Any]:
     """Fields of TrainingArguments for the chosen engine. Starts DeepSpeed's communication, which must stand before they are built."""
@@ -146,12 +148,7 @@ def check_layout(checkpoint: str | None, args: TrainingArguments) -> None:
     """UserError where the optimizer's state of a checkpoint was written by another engine, which the library would leave out unsaid."""
     if checkpoint is None:
         return
-    there, here = _layout(Path(checkpoint)), "plain"
-    if args.deepspeed:
-        stage = "ZeRO-3" if args.hf_deepspeed_config.is_zero3() else "ZeRO-1/2"
-        here = f"DeepSpeed {stage} over {args.world_size} processes"
-    elif args.fsdp:
-        here = "FSDP"
+    there, here = _saved_layout(Path(checkpoint)), _layout(args)
     if there != here:
         names = {"plain": "one process or DDP"}
         raise UserError(
@@ -160,7 +157,23 @@ def check_layout(checkpoint: str | None, args: TrainingArguments) -> None:
         )
 
 
-def _layout(checkpoint: Path) -> str:
+def write_layout(checkpoint: Path, args: TrainingArguments) -> None:
+    """Say in a checkpoint what saves it: a node that shares no file system has the files of its own processes only."""
+    if args.local_process_index == 0:
+        (checkpoint / LAYOUT_FILE).write_text(json.dumps({"layout": _layout(args)}) + "\n", encoding="utf-8")
+
+
+def _layout(args: TrainingArguments) -> str:
+    if args.deepspeed:
+        stage = "ZeRO-3" if args.hf_deepspeed_config.is_zero3() else "ZeRO-1/2"
+        return f"DeepSpeed {stage} over {args.world_size} processes"
+    return "FSDP" if args.fsdp else "plain"
+
+
+def _saved_layout(checkpoint: Path) -> str:
+    said = checkpoint / LAYOUT_FILE
+    if said.is_file():
+        return str(json.loads(said.read_text(encoding="utf-8"))["layout"])
     shards = list(checkpoint.glob("global_step*/*_optim_states.pt"))
     if shards:
         stage = "ZeRO-3" if any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt")) else "ZeRO-1/2"

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from posttrain.data.pack import split
 from posttrain.data.pack_stream import PackedStream
 from posttrain.training.batches import Batches, EpochLoader, Groups, loader, stream_loader
-from posttrain.training.engine_setup import fsdp_on_cpu, unfinished, without_tied
+from posttrain.training.engine_setup import fsdp_on_cpu, unfinished, without_tied, write_layout
 from posttrain.training.resolve import HELD_OUT_FLAGS
 from posttrain.training.sums import Sums, averages
 from posttrain.types import Objective, PackedBatch, UserError
@@ -263,6 +263,7 @@ class ObjectiveTrainer(Trainer):
             (folder / STREAM_FILE.format(self.args.process_index)).write_text(place, encoding="utf-8")
         if self.args.should_save:
             (folder / SUMS_FILE).write_text(json.dumps(saved), encoding="utf-8")
+        write_layout(folder, self.args)
         super()._save_checkpoint(model, trial)  # writes trainer_state.json last: what marks a checkpoint as whole
         self._off_the_clock(began)
 
