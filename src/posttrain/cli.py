@@ -57,7 +57,8 @@ def _dispatch(words: list[str]) -> int:
     if "cache_dir" in parsed.values and parsed["cache_dir"]:
         _use_cache(parsed["cache_dir"])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of a kernel that it does without as soon as it is imported
-    set_waiting()
+    if name != "run":  # which computes nothing itself, and whose commands look for themselves
+        set_waiting()
     importlib.import_module(f"posttrain.commands.{command.module}").run(parsed)
     return 0
 

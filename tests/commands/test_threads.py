@@ -73,7 +73,17 @@ def test_this_system_tells() -> None:
     assert 0.0 <= threads.busy_share() <= 1.0
 
 
-def test_the_command_line_sets_it_before_torch_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["merge", "--base_model", "a", "--lora_model", "b", "--output_dir", "c"],
+            ["posttrain.commands.merge", "PASSIVE", threads.SPINS],
+        ),
+        (["run", "pipeline.yaml"], ["posttrain.commands.run", "None", "None"]),  # its commands look for themselves
+    ],
+)
+def test_the_command_line_sets_it_before_torch_is_loaded(words: list[str], expected: list[str]) -> None:
     program = (
         "import importlib, os, sys\n"
         "from posttrain import cli\n"
@@ -84,8 +94,18 @@ def test_the_command_line_sets_it_before_torch_is_loaded(tmp_path: Path) -> None
         "    print(name, os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))\n"
         "    raise SystemExit(0)\n"
         "importlib.import_module = stop\n"
-        f"cli.main(['merge', '--base_model', 'a', '--lora_model', 'b', '--output_dir', {str(tmp_path)!r}])\n"
+        f"cli.main({words!r})\n"
     )
     environ = {name: value for name, value in os.environ.items() if name not in SPINNING}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ)
-    assert done.stdout.split() == ["posttrain.commands.merge", "PASSIVE", threads.SPINS], done.stderr
+    assert done.stdout.split() == expected, done.stderr
+
+
+def test_openmp_puts_the_turns_before_the_policy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **SPINNING, "OMP_DISPLAY_ENV": "verbose"},
+    )
+    assert f"GOMP_SPINCOUNT = '{threads.SPINS}'" in done.stderr

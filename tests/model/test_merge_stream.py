@@ -293,7 +293,8 @@ def test_peak_memory_is_that_of_a_layer_and_a_file(
         return found.most / size
 
     # Of the big llama a layer has 12 MB, a file 10, and three times the certificate's texts as much as four layers; of the mixture 14.
-    # What does not grow with a model is a larger share of the middling one (0.42 to 0.64 measured). The whole model at once takes 2.2 times its size.
+    # What does not grow with a model is a larger share of the middling one (0.42 to 0.64 measured).
+    # The whole model at once takes 2.2 times its size.
     assert (found := peak("stream")) < (0.5 if "big" in save.__name__ else 1), found
     if kind == "lora":
         monkeypatch.setattr(merge_module, "open_stream", lambda *_: "of this test")

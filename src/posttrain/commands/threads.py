@@ -8,8 +8,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 # Of libgomp's waiting loop. Measured with SmolLM2-135M on two cores, against threads that sleep at once: training 1.4 times as fast,
-# decoding 1.3 times; beside a process that keeps one core busy 2 and 2.6 times slower. At 1,000 nothing is gained, at 100,000 a busy
-# core makes it 6 and 11 times slower.
+# decoding too; beside a process that keeps one core busy 2 and 2.6 times slower. At 1,000 training gains nothing, at 100,000 a busy
+# core makes them 6 and 11 times slower.
 SPINS = "10000"
 BUSY_SHARE = 0.25  # of the processors' time: from here on the machine counts as shared
 LOOK_SECONDS = 0.1

@@ -180,9 +180,7 @@ class Recorder:
             self._step = None  # its memory goes before the new one's comes
             try:
                 self._step = FixedStep(self._model, batch, self.choose, self._stop_ids, new_tokens, vocabulary)
-            except (
-                RuntimeError
-            ) as error:  # something waits for the device, or there is no room for the longest answers of all rows
+            except RuntimeError as error:  # what waits for the device; or no room for the longest answers of all rows
                 self._failed = True
                 reason = str(error).strip().splitlines()[0]
                 logger.warning("answers are decoded launch by launch, slower: the model's step cannot be recorded (%s)", reason)
