@@ -12,6 +12,7 @@ model on the same base. An episode's time holds its generation, scoring, log-pro
 first rollout, which warms up, is left out. Peak memory is the process's largest resident set.
 
     ours        values by an adapter of their own
+    ours_top    --value_layers 10: of 30, the last ones
     ours_trunk  --value_sharing trunk: values off the policy's hidden states
     ours_group  --num_generations 4: as many episodes to a quarter of the prompts
     ours_sft    `posttrain sft` on sequences as long, for its memory
@@ -32,7 +33,7 @@ import ppo_trl
 from common import ALPHA, MODEL, OUT, RANK, gibibytes, run_contender
 from ppo_ours import PARTS, SFT_STEPS, Job, run_ours, run_sft
 
-CONTENDERS = ("ours", "ours_trunk", "ours_group", "ours_sft", "trl")
+CONTENDERS = ("ours", "ours_top", "ours_trunk", "ours_group", "ours_sft", "trl")
 PREPARE = (
     "prepare"  # a process, too, that makes what the contenders read: a child's peak begins at its parent's, which stays small
 )

@@ -12,6 +12,7 @@ from common import ALPHA, MODEL, OUT, RANK, StepClock
 
 PARTS = ("rollout", "score", "measure", "update")
 SFT_STEPS = 4
+TOP_LAYERS = 10  # of 30
 
 Job = dict[str, Any]
 
@@ -32,6 +33,8 @@ def run_ours(name: str, job: Job, rollouts: int, dtype: str) -> dict[str, Any]:
         sizes["response_tokens"], "--forward_tokens", micro_batch_tokens(job), "--guards", False, "--report_to", "none",
         "--value_sharing", "trunk" if name == "ours_trunk" else "adapter",
     ]  # fmt: skip
+    if name == "ours_top":
+        words += ["--value_layers", TOP_LAYERS]
     train = ppo.train
 
     def watched(loop: Any) -> None:

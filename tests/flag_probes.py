@@ -29,7 +29,7 @@ from posttrain.cli import main
 from posttrain.model import embedded
 from posttrain.objectives.ppo import PpoLoss
 from posttrain.training.trainer import ObjectiveTrainer
-from posttrain.types import PackedBatch, UserError
+from posttrain.types import Half, PackedBatch, UserError
 
 Probe = Callable[["Lab"], None]
 PROBES: dict[tuple[str, str], Probe] = {}
@@ -220,9 +220,10 @@ class Lab:
             batches.append(inputs)
             return compute_loss(trainer, model, inputs, *args, **kwargs)
 
-        def recording_ppo(objective: PpoLoss, model: Any, inputs: PackedBatch) -> Any:
-            batches.append(inputs)
-            return ppo_loss(objective, model, inputs)
+        def recording_ppo(objective: PpoLoss, model: Any, inputs: PackedBatch, only: Half | None = None) -> Any:
+            if only != "value":  # the value's turn on what the policy has seen
+                batches.append(inputs)
+            return ppo_loss(objective, model, inputs, only)
 
         with pytest.MonkeyPatch.context() as patch, untouched(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.setattr(ObjectiveTrainer, "compute_loss", recording)

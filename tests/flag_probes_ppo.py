@@ -277,6 +277,15 @@ def value_sharing(lab: Lab) -> None:
     assert len(value_of(lab.ppo())) > 2
 
 
+@probe("ppo", "value_layers")
+def value_layers(lab: Lab) -> None:
+    trained = {n for n in range(2) for name in value_of(lab.ppo(value_layers=1)) if f".layers.{n}." in name}
+    assert trained == {1}
+    assert {n for n in range(2) for name in value_of(lab.ppo()) if f".layers.{n}." in name} == {0, 1}
+    assert "the model has 2 layers" in lab.fails("ppo", value_layers=3)
+    assert "--value_sharing adapter" in lab.fails("ppo", value_layers=1, value_sharing="trunk")
+
+
 @probe("ppo", "guards")
 def guards(lab: Lab) -> None:
     drifting = {"max_steps": 8, "learning_rate": 0.3, "max_target_length": 64}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant", "tool"]
 Stage = Literal["pt", "sft", "rm", "ppo", "dpo"]
+Half = Literal["policy", "value"]  # of what PPO trains
 
 
 class UserError(Exception):

@@ -34,14 +34,11 @@ from posttrain.model.policy_value import (
     PolicyAndValue,
     Role,
     active,
-    add_adapter,
-    copy_adapter,
-    is_of_adapter,
     reference_logprobs,
     reward_scores,
-    train_only,
 )
 from posttrain.model.reward import load_reward_model
+from posttrain.model.role_adapters import add_adapter, copy_adapter, is_of_adapter, train_only
 from posttrain.training.rollout import Sampling, generate
 from posttrain.types import PackedBatch, UserError
 

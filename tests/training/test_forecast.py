@@ -174,9 +174,21 @@ def test_ppo_has_a_cache_and_two_passes() -> None:
     adapted = shape(adapter_weights=1000)
     ppo_run = run_of(stage="ppo", shape=adapted, rollout=Rollout(8, 30))
     assert size(ppo_run, "KV cache") == 8 * (30 + 64) * 3 * 2 * 2 * 16 * 2
-    assert size(ppo_run, "activations") == 2 * size(run_of(shape=adapted), "activations")
+    assert size(ppo_run, "activations") == size(run_of(shape=adapted), "activations")  # the passes take turns
     trunk = run_of(stage="ppo", shape=adapted, rollout=Rollout(8, 30), value_model=False)
-    assert size(trunk, "activations", "adapters, trained") * 2 == size(ppo_run, "activations", "adapters, trained")
+    assert size(trunk, "adapters, trained") * 2 == size(ppo_run, "adapters, trained")
+    beside = dataclasses.replace(ppo_run, engine=Engine("ddp", 2))  # their exchange sees both at once
+    assert size(beside, "activations") == 2 * size(ppo_run, "activations")
+
+
+def test_a_value_of_few_layers_has_less_to_train_and_keeps_what_goes_into_them() -> None:
+    run = run_of(stage="ppo", shape=shape(adapter_weights=3000), rollout=Rollout(8, 30, kept_tokens=240), value_layers=1)
+    assert run.trained == 3000 + 1000
+    assert size(run, "states below the value's layers") == 240 * 64 * 2
+    whole = run_of(stage="ppo", rollout=Rollout(8, 30), value_layers=1)
+    s = whole.shape
+    assert whole.trained == 2 * s.weights - 2 * s.layer_weights - s.vocabulary * s.hidden
+    assert dataclasses.replace(whole, value_layers=None).trained == 2 * s.weights
 
 
 def test_constants_are_those_of_the_code() -> None:

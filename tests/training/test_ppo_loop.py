@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from flag_probes_models import reward_adapter
 from posttrain.commands import ppo as command
+from posttrain.model.boundary import Boundary, StateCache, decoder_layers
 from posttrain.model.policy_value import reference_logprobs
 from posttrain.objectives import ppo as objective
 from posttrain.training import ppo as training
@@ -258,6 +259,105 @@ def test_the_gradient_is_the_sum_over_tokens_by_their_number(make: Make) -> None
     assert float(length) > 1e-3
     for name, gradient in expected.items():
         assert float((gradient - taken[name]).norm() / length) < 1e-5, name
+
+
+def gradients(loop: Loop, rollout: Rollout) -> dict[str, Tensor]:
+    """Those that one optimizer step over the whole rollout is about to use."""
+    taken: dict[str, Tensor] = {}
+    trainable = {n: p for n, p in loop.trained.named_parameters() if p.requires_grad}
+    loop.schedule.step = lambda: None
+    loop.engine.optimizer.step = lambda: taken.update({n: p.grad.clone() for n, p in trainable.items() if p.grad is not None})
+    training.update_once(loop, rollout, range(len(rollout.groups)), Sums(loop.reduce))
+    return taken
+
+
+def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    length = torch.cat([g.flatten() for g in one.values()]).norm()
+    assert one.keys() == other.keys()
+    assert float(length) > 1e-3
+    for name, gradient in one.items():
+        assert float((gradient - other[name]).norm() / length) < 1e-5, name
+
+
+def test_policy_and_value_in_turn_give_the_gradients_of_both_at_once(make: Make) -> None:
+    loop = make(max_grad_norm=0, forward_tokens=70, mini_batch_size=8, entropy_coef=0.1, kl_loss_coef=0.1)
+    assert loop.in_turn
+    train(loop)  # values and ratios that are none of the start
+    rollout = rolled(loop)
+    asked: list[Any] = []
+    forward = loop.trained.forward
+    loop.trained.forward = lambda **inputs: asked.append(inputs["only"]) or forward(**inputs)  # type: ignore[method-assign]
+    in_turn = gradients(loop, rollout)
+    assert set(asked) == {"policy", "value"}
+    loop.in_turn, asked[:] = False, []
+    assert_same_gradients(gradients(loop, rollout), in_turn)
+    assert set(asked) == {None}
+
+
+@pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": True}, {"use_peft": False}], ids=lambda flags: "-".join(flags))
+def test_values_start_from_the_states_below_their_layers(
+    flags: dict[str, Any], make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --value_layers 1 the layer below is computed as the rollout is measured, never in an update, and the gradients are those of
+    whole passes."""
+    loop = make(max_grad_norm=0, forward_tokens=70, mini_batch_size=8, value_layers=1, num_generations=2, **flags)
+    train(loop)
+    rollout = collect(loop, Clock())
+    add_advantages(rollout, loop.shape, loop.kl.coef, loop.reduce)
+    lower, upper = decoder_layers(loop.trained.value_model)
+    calls = {"lower": 0, "upper": 0}
+    for name, layer in (("lower", lower), ("upper", upper)):
+        monkeypatch.setattr(layer.self_attn, "forward", counted(layer.self_attn.forward, calls, name))
+    from_states = gradients(loop, rollout)
+    trained_passes = calls["upper"] if "use_peft" in flags else calls["upper"] - calls["lower"]
+    assert trained_passes >= len(list(loop.cutter.parts(rollout.groups, range(len(rollout.groups))))) > 1
+    assert calls["lower"] == 0 or "use_peft" not in flags  # the policy, on the same layers, needs both
+    assert not any(".layers.0." in name and (".value." in name or name.startswith("value_model")) for name in from_states)
+    assert any(".layers.1." in name and (".value." in name or name.startswith("value_model")) for name in from_states)
+    loop.trained.states = None
+    before = dict(calls)
+    assert_same_gradients(gradients(loop, rollout), from_states)
+    assert calls["lower"] - before["lower"] > before["lower"]  # the states were worth passes
+
+
+def test_the_reward_models_pass_leaves_the_states_for_the_values(
+    speaker: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The value starts as the reward adapter: below its trained layers they are one, and the pass that scores is not taken twice."""
+    folder = reward_adapter(speaker, tmp_path / "rm")
+    loop = make(reward_adapter=folder, reward_func=None, value_layers=1, num_generations=2, mini_batch_size=4)
+    given: list[bool] = []
+    begin = StateCache.begin
+
+    def seen(self: StateCache, inputs: dict[str, Any]) -> Boundary:
+        boundary = begin(self, inputs)
+        given.append(boundary.given)
+        return boundary
+
+    monkeypatch.setattr(StateCache, "begin", seen)
+    torch.nn.init.normal_(loop.trained.value_head.weight)
+    rollout = collect(loop, Clock())
+    assert given[0] is False  # scored
+    assert given[1:]
+    assert all(given[1:])  # measured
+    scores_S, values_N = rollout.scores_S, rollout.columns["old_values_N"]
+    loop.trained.states = None
+    rollout.columns = {}
+    measure(rollout, loop.trained, loop.reference, loop.cutter, loop.sampling.temperature)
+    torch.testing.assert_close(values_N, rollout.columns["old_values_N"], atol=1e-5, rtol=1e-5)
+    assert float(values_N.std()) > 1e-3
+    again = collect(loop, Clock())  # the cache of before is told the new rollout's rows
+    torch.testing.assert_close(again.scores_S, scores_S, atol=1e-5, rtol=1e-5)
+
+
+def counted(forward: Callable[..., Any], calls: dict[str, int], name: str) -> Callable[..., Any]:
+    """The same forward, that counts."""
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return forward(*args, **kwargs)
+
+    return counting
 
 
 def moved(loop: Loop) -> Tensor:

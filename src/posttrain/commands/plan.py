@@ -22,7 +22,7 @@ from posttrain.training.forecast import by_phase, forecast, peak_bytes
 from posttrain.training.forecast_run import ALWAYS, TRAINING, Engine, Item, Load, Rollout, Run, Shape
 from posttrain.training.resolve import GPU_FORWARD_TOKENS, resolve
 from posttrain.training.resolve_context import row_tokens
-from posttrain.training.resolve_ppo import pass_tokens, resolve_ppo
+from posttrain.training.resolve_ppo import in_turn, pass_tokens, resolve_ppo
 from posttrain.types import UserError
 
 PHASES = {
@@ -109,8 +109,13 @@ def with_roles(config: Config, run: Run, world: int) -> Run:
         code = config["trust_remote_code"]
         counts = count_weights(skeleton(read_config(config["reward_model_name_or_path"], code, score_head=True), code))
         reward = counts.weights - counts.head
+    value_layers, kept = config["value_layers"] or None, 0
+    if value_layers and in_turn(config, world):
+        kept = config["rollout_batch_size"] * (
+            config["max_source_length"] + config["num_generations"] * config["max_target_length"]
+        )
     return dataclasses.replace(
-        run, rollout=Rollout(rows, row_tokens(config)), value_model=config["value_sharing"] == "adapter",
+        run, rollout=Rollout(rows, row_tokens(config), kept), value_layers=value_layers, value_model=config["value_sharing"] == "adapter",
         frozen_copies=int(kl and not lora), reward_weights=reward,
         frozen_adapters=int(lora and bool(config["reward_adapter"])) + int(lora and kl and bool(config["peft_path"])),
     )  # fmt: skip
@@ -146,7 +151,7 @@ def load_of(config: Config, wanted: flags.PlanFlags) -> Load:
     """The largest part that is computed at once, rows as long as the flags allow."""
     stage = config.command
     pairs, ppo = stage in ("rm", "dpo"), stage == "ppo"
-    limit = pass_tokens(config) if ppo else config["forward_tokens"]
+    limit = pass_tokens(config, wanted.num_processes) if ppo else config["forward_tokens"]
     if wanted.example_tokens is not None and (pairs or ppo):
         raise UserError(f"--example_tokens is for pt and sft; in {stage} say --max_source_length and --max_target_length")
     if pairs or ppo:

@@ -27,7 +27,8 @@ from posttrain.data.load import Splits
 from posttrain.data.template import apply_template, stop_token_ids
 from posttrain.model.embedded import resolve_model
 from posttrain.model.load import load_tokenizer
-from posttrain.model.policy_value import POLICY, VALUE, PolicyAndValue, Role, active, is_of_adapter
+from posttrain.model.policy_value import POLICY, VALUE, PolicyAndValue, Role, active
+from posttrain.model.role_adapters import is_of_adapter
 from posttrain.objectives.guards import Guards, GuardSettings
 from posttrain.objectives.kl import AdaptiveKl, FixedKl, KlController
 from posttrain.objectives.ppo import PpoLoss, PpoSettings
@@ -41,7 +42,7 @@ from posttrain.training.ppo import Loop, Plan, train
 from posttrain.training.ppo_rollout import RewardShape
 from posttrain.training.ppo_state import load_checkpoint, save_policy, save_value, whole
 from posttrain.training.resolve import HELD_OUT_FLAGS
-from posttrain.training.resolve_ppo import resolve_ppo, steps
+from posttrain.training.resolve_ppo import in_turn, resolve_ppo, steps
 from posttrain.training.rollout import Sampling
 from posttrain.training.sharding import DeepSpeed, Engine, FullyShard, Replicated
 from posttrain.types import UserError
@@ -82,7 +83,7 @@ def run_connected(config: Config, accelerator: Accelerator) -> None:
     say(f"template: {apply_template(tokenizer, config['template_name']).name}")
     prompts = load_prompts(config, accelerator, tokenizer)
     set_seed(config["seed"])  # before anything is drawn: new adapters start from the seed
-    actors = build_actors(config, tokenizer, accelerator.device)
+    actors = build_actors(config, tokenizer, accelerator.device, accelerator.num_processes)
     answer_tokens = config["max_target_length"]
     check_lengths(config, actors.trained.policy_model, (prompts.train, prompts.validation), answer_tokens=answer_tokens)
     reporter = Reporter(folder, accelerator, config["save_total_limit"], tokenizer)
@@ -173,6 +174,7 @@ def build_loop(
         accelerator, actors.trained, engine, actors.reference, schedule, prompts.train.dataset, held_out,
         partial(answer, build_engine(config, actors.trained), actors.trained.policy, tokenizer), actors.score, sampling, actors.cutter, PpoLoss(settings), shape,
         kl, guards, plan, reporter.log, reporter.save, audit, say, config["bf16"],
+        in_turn(config, accelerator.num_processes),
     )  # fmt: skip
 
 

@@ -20,26 +20,16 @@ from posttrain.data.pack_branches import collate_branches, collate_branches_padd
 from posttrain.model import lora_forward
 from posttrain.model.adapter import trainable_summary
 from posttrain.model.attention import enable_segments, unwrap
+from posttrain.model.boundary import StateCache, first_trained, freeze_below
 from posttrain.model.fused import fuse
 from posttrain.model.load import read_config, resize_embeddings, stores_score_head
 from posttrain.model.logprobs import install_logprobs
-from posttrain.model.policy_value import (
-    POLICY,
-    REFERENCE,
-    REWARD,
-    VALUE,
-    PolicyAndValue,
-    Role,
-    add_adapter,
-    check_plain,
-    copy_adapter,
-    reward_scores,
-    train_only,
-)
+from posttrain.model.policy_value import POLICY, REFERENCE, REWARD, VALUE, PolicyAndValue, Role, reward_scores
 from posttrain.model.reward import has_score_head, load_reward_model, score_head
+from posttrain.model.role_adapters import add_adapter, check_plain, copy_adapter, is_of_adapter, train_only
 from posttrain.training.episodes import Episode
 from posttrain.training.ppo_rollout import Cutter
-from posttrain.training.resolve_ppo import pass_tokens
+from posttrain.training.resolve_ppo import in_turn, measure_tokens, pass_tokens
 from posttrain.training.reward_foreign import load_text_tokenizer
 from posttrain.training.reward_sources import build_reward_sources, check_lineage, other_tokens
 from posttrain.training.rewards import TokenReward
@@ -57,8 +47,8 @@ class Actors:
     cutter: Cutter
 
 
-def build_actors(config: Config, tokenizer: Any, device: torch.device) -> Actors:
-    """Load and connect the models. The reference is left out where no KL is asked for."""
+def build_actors(config: Config, tokenizer: Any, device: torch.device, world: int = 1) -> Actors:
+    """Load and connect the models, for so many processes. The reference is left out where no KL is asked for."""
     policy = build_model(config, tokenizer)
     adapters = config["use_peft"]
     roles = _adapter_roles(config, policy, tokenizer) if adapters else _whole_models(config, policy, tokenizer)
@@ -68,15 +58,17 @@ def build_actors(config: Config, tokenizer: Any, device: torch.device) -> Actors
     for model in models:
         model.to(device)
     hidden_size = unwrap(policy).config.get_text_config().hidden_size
-    trained = PolicyAndValue(Role(policy, POLICY if adapters else None), own_value, hidden_size).to(device)
+    states = _states(config, own_value, world)
+    trained = PolicyAndValue(Role(policy, POLICY if adapters else None), own_value, hidden_size, states).to(device)
     set_mode(trained, config["gradient_checkpointing"], packed)
     say(f"PPO: {trainable_summary(trained)}")
-    cutter = Cutter(collate_branches if packed else collate_branches_padded, pass_tokens(config), device, padded=not packed)
+    collate = collate_branches if packed else collate_branches_padded
+    cutter = Cutter(collate, pass_tokens(config, world), device, padded=not packed, measure_tokens=measure_tokens(config))
     adapter_reward = None
     if reward_head is not None:
-        score = partial(reward_scores, Role(policy, REWARD), reward_head.to(device))
+        score = partial(reward_scores, Role(policy, REWARD), reward_head.to(device), states=states)
         episodes = config["rollout_batch_size"] * config["num_generations"]
-        scorer = Scorer(policy, packed, episodes, config["forward_tokens"], score)
+        scorer = Scorer(policy, packed, episodes, measure_tokens(config), score)
         adapter_reward = TokenReward("reward_adapter", scorer, read_bias(config["reward_adapter"]))
     sources = build_reward_sources(
         config.group(flags.RewardSourceFlags), config.group(flags.ModelFlags), tokenizer, device, adapter_reward
@@ -112,6 +104,18 @@ def _whole_models(config: Config, policy: Any, tokenizer: Any) -> Roles:
     reference = Role(copy.deepcopy(policy).requires_grad_(False).eval()) if config["init_kl_coef"] > 0 else None
     own_value = Role(_value_model(config, tokenizer, unwrap(policy).config)) if config["value_sharing"] == "adapter" else None
     return reference, own_value, None
+
+
+def _states(config: Config, value: Role | None, world: int) -> StateCache | None:
+    """Freezes the value's lower layers as they begin, which is as the reward adapter has them. Where one process holds all, what comes
+    out of them is kept for a rollout's time."""
+    if value is None:
+        return None
+    first = first_trained(value.model, config["value_layers"], "--value_layers")
+    if not first:
+        return None
+    freeze_below(value.model, first, lambda name: value.adapter is None or is_of_adapter(name, value.adapter))
+    return StateCache(first) if in_turn(config, world) else None
 
 
 def _value_model(config: Config, tokenizer: Any, policy: Any) -> Any:

@@ -48,6 +48,10 @@ class PpoFlags:
         "adapter",
         "adapter: values by an adapter of their own. trunk: by a head on the policy's hidden states, one pass for both.",
     )
+    value_layers: int = flag(
+        0,
+        "Layers, the last ones, that train for the value; those below stay as they begin and are computed once a rollout. 0: all.",
+    )
     rollout_engine: Literal["torch", "vllm"] = flag(
         "torch", "What samples the answers: the policy itself, or vLLM (needs a GPU, the package and --use_peft True)."
     )

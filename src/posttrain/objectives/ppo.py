@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.objectives.advantages import explained_by_sums, variance_sums
 from posttrain.objectives.kl import kl_estimate
-from posttrain.types import Loss, PackedBatch, UserError
+from posttrain.types import Half, Loss, PackedBatch, UserError
 
 MAX_LOG_RATIO = 20.0  # e²⁰ is far outside any clip range, and exp does not overflow: 0·∞ in the backward pass would be NaN
 VARIANCE_SUMS = ("_return", "_return_squared", "_error", "_error_squared")
@@ -95,7 +95,7 @@ def value_terms(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, clipr
 class PpoLoss:
     """Σ over response tokens of  policy + vf_coef·value − entropy_coef·H + kl_loss_coef·k3(π, π_ref). Weight unit: response tokens.
 
-    The model's forward takes predict_N, targets_N, temperature, entropy and returns logprobs_N, entropy_N and values_N.
+    The model's forward takes predict_N, targets_N, temperature, entropy, only and returns logprobs_N, entropy_N and values_N.
     batch.extras: old_logprobs_N, old_values_N, advantages_N, returns_N; reference_N where kl_loss_coef is not 0.
     """
 
@@ -105,35 +105,53 @@ class PpoLoss:
         """The number of response tokens."""
         return torch.tensor(batch.targets_N.numel(), device=batch.targets_N.device)
 
-    def __call__(self, model: nn.Module, batch: PackedBatch) -> Loss:
-        """The loss of a micro-batch. Metrics are sums over tokens; approx_kl_nats is k3 of KL(π_old‖π), on tokens of π_old."""
+    def __call__(self, model: nn.Module, batch: PackedBatch, only: Half | None = None) -> Loss:
+        """The loss of a micro-batch, or `only` its policy's or value's part: they add up. Metrics are sums over tokens; approx_kl_nats is
+        k3 of KL(π_old‖π), on tokens of π_old."""
+        s = self.settings
+        asked: dict[str, Any] = {"predict_N": batch.predict_N, "targets_N": batch.targets_N, "only": only}
+        output = model(**batch.model_inputs(), **asked, temperature=s.temperature, entropy=s.entropy_coef > 0)
+        halves = []
+        if only != "value":
+            halves.append(self._policy(output.logprobs_N, output.entropy_N, batch))
+        if only != "policy":
+            halves.append(self._value(output.values_N, batch))
+        return Loss(sum(half.total for half in halves), {name: x for half in halves for name, x in half.metrics.items()})  # type: ignore[arg-type]
+
+    def _policy(self, logprobs_N: Tensor, entropy_N: Tensor | None, batch: PackedBatch) -> Loss:
         s, extras, count = self.settings, batch.extras, self.weight(batch)
-        tokens = {"predict_N": batch.predict_N, "targets_N": batch.targets_N}
-        output = model(**batch.model_inputs(), **tokens, temperature=s.temperature, entropy=s.entropy_coef > 0)
-        logprobs_N, old_logprobs_N = output.logprobs_N, extras["old_logprobs_N"]
+        old_logprobs_N = extras["old_logprobs_N"]
         policy = policy_terms(logprobs_N, old_logprobs_N, extras["advantages_N"], s.cliprange, s.dual_clip)
-        value = value_terms(output.values_N, extras["old_values_N"], extras["returns_N"], s.cliprange_value)
-        total = policy.loss_N.sum() + s.vf_coef * value.loss_N.sum()
+        total = policy.loss_N.sum()
         measured_N = {
             "policy_loss": policy.loss_N,
-            "value_loss": value.loss_N,
             "ratio": policy.ratio_N,
             "clip_fraction": policy.clipped_N,
-            "value_clip_fraction": value.clipped_N,
             "approx_kl_nats": kl_estimate(old_logprobs_N, logprobs_N.detach(), "k3"),
         }
         if s.entropy_coef:
-            measured_N["loss_entropy_nats"] = output.entropy_N
-            total = total - s.entropy_coef * output.entropy_N.sum()
+            assert entropy_N is not None
+            measured_N["loss_entropy_nats"] = entropy_N
+            total = total - s.entropy_coef * entropy_N.sum()
         if s.kl_loss_coef:
             divergence_N = kl_estimate(logprobs_N, extras["reference_N"], "k3")
             total = total + s.kl_loss_coef * divergence_N.sum()
             measured_N["kl_loss_nats"] = divergence_N
-        metrics = {name: (x_N.detach().sum(dtype=torch.float64), count) for name, x_N in measured_N.items()}
-        sums = variance_sums(extras["returns_N"], output.values_N)
-        return Loss(total, metrics | {name: (x, count) for name, x in zip(VARIANCE_SUMS, sums, strict=True)})
+        return Loss(total, _sums(measured_N, count))
+
+    def _value(self, values_N: Tensor, batch: PackedBatch) -> Loss:
+        s, extras, count = self.settings, batch.extras, self.weight(batch)
+        value = value_terms(values_N, extras["old_values_N"], extras["returns_N"], s.cliprange_value)
+        metrics = _sums({"value_loss": value.loss_N, "value_clip_fraction": value.clipped_N}, count)
+        sums = variance_sums(extras["returns_N"], values_N)
+        metrics |= {name: (x, count) for name, x in zip(VARIANCE_SUMS, sums, strict=True)}
+        return Loss(s.vf_coef * value.loss_N.sum(), metrics)
 
     def derived(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
         """explained_variance of the returns by the values; left out where the returns do not vary."""
         explained = explained_by_sums([totals[VARIANCE_SUMS[0]][1], *(totals[name][0] for name in VARIANCE_SUMS)])
         return {} if math.isnan(explained) else {"explained_variance": explained}
+
+
+def _sums(measured_N: dict[str, Tensor], count: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (x_N.detach().sum(dtype=torch.float64), count) for name, x_N in measured_N.items()}

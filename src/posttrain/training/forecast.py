@@ -202,7 +202,7 @@ def kept_scores(sequences: tuple[tuple[int, int], ...], block_tokens: int = CPU_
 def _activations(run: Run) -> list[Item]:
     shape, load = run.shape, run.load
     each, how = _token_bytes(run)
-    passes = run.trained_models
+    passes = run.graphs
     twice = "" if passes == 1 else f" × {passes} passes"
     scores = 0.0
     if run.cpu:
@@ -257,7 +257,7 @@ def _working(run: Run) -> list[Item]:
     items = []
     if run.weight_bytes != c and not run.bits and not _zero(run) and run.engine.kind != "fsdp2":
         n = (0 if run.lora else s.attention_weights) if run.fused else s.linear_weights
-        n *= 1 if run.lora else run.trained_models
+        n *= 1 if run.lora else run.graphs
         items.append(Item("weights in the type of the products", f"{count(n)} × {c} B", n * c, (BACKWARD,)))
     each = 4 * s.hidden * max(c, run.weight_bytes) + 3 * s.intermediate * c * (not run.fused)
     items.append(Item("gradients on their way", f"{count(load.tokens)} tokens × {each:,} B", load.tokens * each, (BACKWARD,)))
@@ -272,11 +272,11 @@ def _rollout(run: Run) -> list[Item]:
     if run.rollout is None:
         return []
     s, c, rollout = run.shape, run.compute_bytes, run.rollout
-    each = 2 * s.kv_heads * s.head_dim * c
-    tokens = rollout.tokens + ROOM_TOKENS
+    each, tokens, kept = 2 * s.kv_heads * s.head_dim * c, rollout.tokens + ROOM_TOKENS, rollout.kept_tokens
     cache = rollout.rows * tokens * s.layers * each
     draw = c + 4 + 4 + 8  # logits as they come and in float32, probabilities, cumulated in float64
     return [
+        Item("states below the value's layers", f"{count(kept)} tokens × {s.hidden} × {c} B", kept * s.hidden * c, TRAINING),
         Item("KV cache", f"{rollout.rows} answers × {tokens} tokens × {s.layers} layers × {each} B", cache, (ROLLOUT,)),
         Item("logits, of a sampled token", f"{rollout.rows} × {count(s.vocabulary)} × {draw} B", rollout.rows * s.vocabulary * draw, (ROLLOUT,)),
     ]  # fmt: skip

@@ -52,6 +52,7 @@ class Rollout:
 
     rows: int
     tokens: int  # of a prompt and its answer
+    kept_tokens: int = 0  # of one process's prompts and answers, whose states below the value's trained layers are kept
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Run:
     liger: bool = False  # CUDA's, with liger-kernel installed
     rollout: Rollout | None = None  # ppo
     value_model: bool = True  # ppo: values by an adapter or a model of their own
+    value_layers: int | None = None  # ppo: the layers that train for it, the last ones; None: all
     frozen_copies: int = 0  # ppo: whole models beside the trained one (all weights: the reference)
     frozen_adapters: int = 0  # ppo: reference, reward
     reward_weights: int = 0  # ppo: weights of a reward model in a folder of its own
@@ -102,9 +104,21 @@ class Run:
         return 2 if self.stage == "ppo" and self.value_model else 1
 
     @property
+    def graphs(self) -> int:
+        """How many passes are kept for the backward pass at once. On one process policy and value take turns."""
+        return 1 if self.engine.kind == "one" else self.trained_models
+
+    @property
     def trained(self) -> int:
         """Trained weights."""
-        return self.trained_models * (self.shape.adapter_weights or self.shape.weights)
+        shape = self.shape
+        one = shape.adapter_weights or shape.weights
+        if self.trained_models == 1:
+            return one
+        frozen = 0 if self.value_layers is None else shape.layers - self.value_layers
+        below = frozen * shape.adapter_weights / shape.layers if self.lora else frozen * shape.layer_weights
+        embedding = shape.vocabulary * shape.hidden if frozen and not self.lora else 0
+        return 2 * one - int(below) - embedding
 
 
 @dataclass(frozen=True)

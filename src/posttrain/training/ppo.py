@@ -29,6 +29,7 @@ from posttrain.training.ppo_rollout import Cutter, RewardShape, Rollout, add_adv
 from posttrain.training.rollout import Sampling
 from posttrain.training.sharding import Engine
 from posttrain.training.sums import Sums, averages
+from posttrain.types import Half
 
 Score = Callable[[Sequence[Episode]], tuple[list[float], dict[str, list[float]]]]  # scores, and those of each source
 Answer = Callable[[Sequence[dict[str, Any]], Sampling, int, Sequence[int]], list[Episode]]
@@ -78,6 +79,7 @@ class Loop:
     audit: Audit | None = None  # of the first rollouts after a start
     on_audit: Callable[[str], None] = print
     half: bool = False  # compute in bfloat16
+    in_turn: bool = False  # the value's pass begins when the policy's graph is gone
     step: int = 0  # rollouts done
 
     def autocast(self) -> torch.autocast:
@@ -145,6 +147,7 @@ def collect(loop: Loop, clock: Clock) -> Rollout:
     rows = prompt_indices(len(loop.prompts), first, size, loop.plan.seed)[rank::world]
     numbers = list(range(first, first + size))[rank::world]
     device = loop.accelerator.device
+    loop.trained.forget_states()
     with gathered(loop, clock), loop.autocast():
         with clock.time("rollout"):
             episodes = loop.answer([loop.prompts[row] for row in rows], loop.sampling, loop.plan.seed, numbers)
@@ -195,18 +198,20 @@ def update_once(loop: Loop, rollout: Rollout, indices: Sequence[int], sums: Sums
     passes = max(len(cut(process)) for process in range(world)) if loop.engine.lockstep else len(parts)
     tokens = sum(len(answer) for index in indices for answer in rollout.groups[index][1])
     own = Sums(loop.reduce)
+    halves: tuple[Half | None, ...] = ("policy", "value") if loop.in_turn else (None,)
     for number in range(passes):
-        with loop.engine.accumulating(last=number == passes - 1):
-            with loop.autocast():
-                loss = loop.objective(loop.engine.wrapped, rollout.minibatch(loop.cutter, parts[min(number, len(parts) - 1)]))
-            # The engine averages over ranks: multiply that away, so that the gradient is Σ / the response tokens of all ranks.
-            # A pass beyond this process's parts only keeps step with the others.
-            loop.engine.backward(loss.total * (world / tokens if number < len(parts) else 0.0))
-        for name, (total, count) in loss.metrics.items() if number < len(parts) else ():
-            sums.add(name, total, count)
-            own.add(name, total, count)
-    look = partial(audit_gradients, loop)
-    sums.add("grad_norm", loop.engine.step(look), 1.0)
+        batch = rollout.minibatch(loop.cutter, parts[min(number, len(parts) - 1)])
+        for only in halves:
+            with loop.engine.accumulating(last=number == passes - 1):
+                with loop.autocast():
+                    loss = loop.objective(loop.engine.wrapped, batch, only)
+                # The engine averages over ranks: multiply that away, so that the gradient is Σ / the response tokens of all ranks.
+                # A pass beyond this process's parts only keeps step with the others.
+                loop.engine.backward(loss.total * (world / tokens if number < len(parts) else 0.0))
+            for name, (total, count) in loss.metrics.items() if number < len(parts) else ():
+                sums.add(name, total, count)
+                own.add(name, total, count)
+    sums.add("grad_norm", loop.engine.step(partial(audit_gradients, loop)), 1.0)
     loop.schedule.step()
     return lambda: averages(own.totals())["approx_kl_nats"]
 
@@ -275,15 +280,15 @@ def step_metrics(loop: Loop, rollout: Rollout, sums: Sums, clock: Clock) -> dict
 
 def evaluate(loop: Loop) -> dict[str, float]:
     """The likeliest answer to every held-out prompt, scored. `kl_nats` is that of these answers, not an estimate of the divergence."""
-    rank, world = loop.accelerator.process_index, loop.accelerator.num_processes
     assert loop.held_out is not None
-    rows = list(loop.held_out)[rank::world]
+    rows = list(loop.held_out)[loop.accelerator.process_index :: loop.accelerator.num_processes]
     greedy = dataclasses.replace(loop.sampling, temperature=0.0, top_p=1.0, top_k=0, num_generations=1)
     with loop.engine.gathered(), loop.autocast():
         episodes = loop.answer(rows, greedy, loop.plan.seed, range(len(rows)))
         scores, _ = loop.score(episodes)
         rollout = Rollout(group_episodes(episodes, 1), episodes, torch.tensor(scores, device=loop.accelerator.device))
         measure(rollout, loop.trained, loop.reference, loop.cutter, 1.0)
+    loop.trained.forget_states()
     totals = rollout_sums(loop, rollout, None).totals()
     metrics = averages(totals) | {"score_std": _deviation(totals)}
     return {f"eval_{name}": value for name, value in metrics.items() if name != "entropy_nats"}

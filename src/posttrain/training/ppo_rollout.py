@@ -27,12 +27,14 @@ class Cutter:
     forward_tokens: int
     device: torch.device
     padded: bool = False  # each answer has a row of its own with its prompt, all as long as the longest
+    measure_tokens: int = 0  # the limit of passes without gradients, which keep the activations of one layer alone
 
-    def parts(self, groups: Sequence[Branches], indices: Sequence[int]) -> Iterator[list[int]]:
-        """`indices` in order, cut where the next group would not fit."""
+    def parts(self, groups: Sequence[Branches], indices: Sequence[int], limit: int | None = None) -> Iterator[list[int]]:
+        """`indices` in order, cut where the next group would not fit into `limit` [default: forward_tokens]."""
+        limit = self.forward_tokens if limit is None else limit
         part: list[int] = []
         for index in indices:
-            if part and 0 < self.forward_tokens < self._tokens(groups, [*part, index]):
+            if part and 0 < limit < self._tokens(groups, [*part, index]):
                 yield part
                 part = []
             part.append(index)
@@ -60,6 +62,9 @@ class Rollout:
     episodes: list[Episode]
     scores_S: Tensor
     columns: dict[str, Tensor] = field(default_factory=dict)
+    value_states: list[Tensor] = field(
+        default_factory=list
+    )  # (tokens of a group, D) where the value's trained layers begin, if kept
 
     @property
     def sequence_N(self) -> Tensor:  # noqa: N802 - an axis suffix
@@ -99,7 +104,7 @@ def measure(rollout: Rollout, trained: PolicyAndValue, reference: Role | None, c
     """Columns by the very forward that the update uses: old_logprobs_N, old_values_N, entropy_N, last_values_S and, where there is a
     reference, reference_N."""
     found: dict[str, list[Tensor]] = {}
-    for part in cutter.parts(rollout.groups, range(len(rollout.groups))):
+    for part in cutter.parts(rollout.groups, range(len(rollout.groups)), cutter.measure_tokens):
         batch = cutter.batch(rollout.groups, part)
         tokens = {"predict_N": batch.predict_N, "targets_N": batch.targets_N, "last_S": batch.last_S()}
         output = trained(**batch.model_inputs(), **tokens, temperature=temperature, entropy=True)

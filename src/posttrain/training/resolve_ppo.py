@@ -36,14 +36,30 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("gamma", "lam"), lambda x: 0 <= x <= 1, "in [0, 1]"),
     (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "in [0, 1)"),
     (("max_source_length",), lambda x: x >= 2, "at least 2 tokens"),
+    (("value_layers",), lambda x: x >= 0, "a number of layers, or 0: all"),
 )  # fmt: skip
 ADAPTER_FLAGS = ("peft_path", "use_dora", "use_rslora", "lora_rank", "lora_alpha", "target_modules")
 
 
-def pass_tokens(config: Config) -> int:
-    """Most tokens of a micro-batch (0: no limit): policy and value are computed side by side, so that one of layers of its own halves it."""
+MEASURE_FACTOR = 4  # a pass without gradients keeps the activations of one layer: it can be so many times as long
+
+
+def in_turn(config: Config, world: int) -> bool:
+    """Whether the passes of a policy and of a value with layers of its own follow one another, each with its backward pass. Where
+    processes exchange gradients, both are computed side by side: every exchange sees the whole module."""
+    return config["value_sharing"] == "adapter" and world == 1 and not config["fsdp"] and not config["deepspeed"]
+
+
+def pass_tokens(config: Config, world: int) -> int:
+    """Most tokens of a micro-batch (0: no limit): a policy and a value side by side halve it."""
     tokens: int = config["forward_tokens"]
-    return max(1, tokens // 2) if tokens > 0 and config["value_sharing"] == "adapter" else tokens
+    beside = config["value_sharing"] == "adapter" and not in_turn(config, world)
+    return max(1, tokens // 2) if tokens > 0 and beside else tokens
+
+
+def measure_tokens(config: Config) -> int:
+    """The same of a pass without gradients."""
+    return int(config["forward_tokens"]) * (1 if config["gradient_checkpointing"] else MEASURE_FACTOR)
 
 
 def resolve_ppo(config: Config) -> Config:
@@ -162,6 +178,7 @@ def _idle(config: Config) -> dict[str, str | bool]:
         "target_kl": not config["early_stopping"] and "--early_stopping True",
         "kl_horizon": not config["adap_kl_ctrl"] and "--adap_kl_ctrl True",
         "kl_target": not measured and "--init_kl_coef above 0, and --adap_kl_ctrl True or --guards True",
+        "value_layers": config["value_sharing"] == "trunk" and "--value_sharing adapter",
         "reward_batch_size": not config["reward_model_name_or_path"] and "--reward_model_name_or_path",
         "save_total_limit": not config["save_steps"] and "--save_steps",
         "eval_steps": config["eval_steps"] > 0 and not held_out and f"held-out prompts: {HELD_OUT_FLAGS}",
