@@ -15,6 +15,7 @@ from posttrain.commands.report import first_to_say, say
 from posttrain.commands.table import COMMANDS, understood
 from posttrain.commands.threads import set_waiting
 from posttrain.data.template_files import list_templates
+from posttrain.model.own_code import MISFITS, misfit_line
 from posttrain.types import UserError
 
 
@@ -26,6 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if first_to_say(str(error)):
             print(f"posttrain: {error}", file=sys.stderr, flush=True)
+        return 2
+    except MISFITS as error:  # a model's own code, that another transformers was meant to run; any other of them is our bug
+        line = misfit_line(error)
+        if line is None:
+            raise
+        if first_to_say(line):
+            print(f"posttrain: {line}", file=sys.stderr, flush=True)
         return 2
     except BrokenPipeError:  # the reader of our output has gone: `posttrain show … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

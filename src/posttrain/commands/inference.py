@@ -11,10 +11,12 @@ from transformers import GenerationConfig
 
 from posttrain import flags
 from posttrain.commands.forward import chosen_rope, say_rope
+from posttrain.commands.report import say
 from posttrain.data.template import apply_template, stop_token_ids
 from posttrain.model.adapter import load_adapter
 from posttrain.model.load import DType, check_tokenizer, check_vocabulary, load_model, load_tokenizer, resize_embeddings
 from posttrain.model.merge import merge_tokenizer_folder
+from posttrain.model.own_generation import keeps_cache, pads_left, settle_generation
 from posttrain.model.quantize import Quantization, quantization_of
 from posttrain.model.rope import RopeScaling, context_tokens
 from posttrain.training.resolve_context import check_factor
@@ -97,6 +99,8 @@ def load_answerer(
         resize_embeddings(model, tokenizer)
     check_vocabulary(model, tokenizer)
     model.generation_config = GenerationConfig()  # a folder's own sampling settings would mix with the flags
+    for found in settle_generation(model):
+        say(f"generation: {found}")
     if lora_model:
         model = load_adapter(model, lora_model, trainable=False)
     return Answerer(model.eval(), tokenizer, context_tokens(model.config) or tokenizer.model_max_length)
@@ -127,6 +131,8 @@ def answer(answerer: Answerer, prompts: Sequence[list[int]], sampling: flags.Sam
 
     A prompt must leave room for at least one token of the context.
     """
+    if len(prompts) > 1 and not pads_left(answerer.model):
+        return [found for prompt in prompts for found in answer(answerer, [prompt], sampling, streamer)]
     tokenizer, longest = answerer.tokenizer, max(map(len, prompts))
     stops = stop_token_ids(tokenizer)
     settings = GenerationConfig(
@@ -138,6 +144,7 @@ def answer(answerer: Answerer, prompts: Sequence[list[int]], sampling: flags.Sam
         repetition_penalty=sampling.repetition_penalty,
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
+        use_cache=keeps_cache(answerer.model),
     )
     device = answerer.model.device
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id, dtype=torch.long)

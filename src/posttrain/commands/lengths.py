@@ -12,7 +12,7 @@ from posttrain.config import Config
 from posttrain.data.load import LoadedRows
 from posttrain.data.stream import RowStream
 from posttrain.model.attention import unwrap
-from posttrain.model.rope import context_tokens, rope_scaling
+from posttrain.model.rope import context_tokens, own_positions, rope_scaling
 from posttrain.training.resolve_context import row_tokens
 from posttrain.types import UserError
 
@@ -56,6 +56,9 @@ def longest_row(config: Config, model: Any) -> int:
 
 def has_table(model: nn.Module) -> bool:
     """Whether positions are learned, one row of a table each: beyond its end there are none."""
+    config: Any = getattr(model, "config", None)
+    if own_positions(config) and not getattr(config, "max_position_embeddings", None):
+        return True
     return any(path.rpartition(".")[2] in TABLES and isinstance(module, nn.Embedding) for path, module in model.named_modules())
 
 

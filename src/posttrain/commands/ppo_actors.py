@@ -24,6 +24,7 @@ from posttrain.model.boundary import StateCache, first_trained, freeze_below
 from posttrain.model.fused import fuse
 from posttrain.model.load import read_config, resize_embeddings, stores_score_head
 from posttrain.model.logprobs import install_logprobs
+from posttrain.model.own_generation import settle_generation
 from posttrain.model.policy_value import POLICY, REFERENCE, REWARD, VALUE, PolicyAndValue, Role, reward_scores
 from posttrain.model.reward import has_score_head, load_reward_model, score_head
 from posttrain.model.role_adapters import add_adapter, check_plain, copy_adapter, is_of_adapter, train_only
@@ -50,6 +51,8 @@ class Actors:
 def build_actors(config: Config, tokenizer: Any, device: torch.device, world: int = 1) -> Actors:
     """Load and connect the models, for so many processes. The reference is left out where no KL is asked for."""
     policy = build_model(config, tokenizer)
+    for found in settle_generation(unwrap(policy)):
+        say(f"generation: {found}")
     adapters = config["use_peft"]
     roles = _adapter_roles(config, policy, tokenizer) if adapters else _whole_models(config, policy, tokenizer)
     reference, own_value, reward_head = roles

@@ -14,6 +14,7 @@ from posttrain.types import Message, ToolCall
 
 # What a template raises over turns it cannot render; TypeError: it joins a text and an object, say a call's arguments.
 RENDER_ERRORS = (TemplateError, TypeError)
+MARKS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _PROBE = "PROBE7391"  # plain letters: no template trims or rewrites them
 
 
@@ -52,7 +53,16 @@ def _call_dict(call: ToolCall, number: int) -> dict[str, Any]:
 
 def render(tokenizer: Any, turns: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), *, prompt: bool) -> str:
     """The text of the turns; `prompt` adds the header of the answer to come. Raises RENDER_ERRORS."""
-    return str(tokenizer.apply_chat_template(turns, tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt))
+    marks = _unlisted_marks(tokenizer)
+    return str(
+        tokenizer.apply_chat_template(turns, tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt, **marks)
+    )
+
+
+def _unlisted_marks(tokenizer: Any) -> dict[str, str]:
+    """Marks that a tokenizer of a model's own code has as plain properties (ChatGLM): the library gives templates only listed ones."""
+    found = {name: getattr(tokenizer, name, None) for name in MARKS if name not in tokenizer.special_tokens_map}
+    return {name: str(mark) for name, mark in found.items() if mark}
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:

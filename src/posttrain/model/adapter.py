@@ -31,7 +31,7 @@ from posttrain.types import UserError
 logger = logging.getLogger(__name__)
 
 # Leaf names that 'all' leaves alone: heads are trained whole or not at all, and a router that moves makes experts collapse.
-HEAD_NAMES = {"lm_head", "score", "v_head", "classifier"}
+HEAD_NAMES = {"lm_head", "output_layer", "score", "v_head", "classifier"}  # output_layer: ChatGLM, which does not say where it is
 ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
 LACKS_WEIGHTS = "Found missing adapter keys"  # how peft's warning begins
 # Keys inside the adapter config's `auto_mapping`, which peft keeps and does not read.

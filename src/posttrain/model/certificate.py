@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.model.load import read_weights
 from posttrain.model.router import is_mixture
 
 PROMPTS = (
@@ -112,7 +113,8 @@ def certify(
     `names`: base, adapter and the written type. `ids`: the texts' token ids, each (1, T). `references`: what it must equal.
     """
     again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    model = read_weights(AutoModelForCausalLM, str(folder), **options).eval()
     return compare(names, (tokenizer, again), references, logits(model, ids), model)
 
 
@@ -182,4 +184,4 @@ def same_tokenizer(tokenizer: Any, again: Any) -> bool:
 @torch.no_grad()
 def logits(model: Any, ids: list[Tensor]) -> Tensor:
     """Logits of all texts, one after the other, each by itself: shape (tokens, V), float32."""
-    return torch.cat([model(input_ids=text_ids, use_cache=False).logits[0].float() for text_ids in ids])
+    return torch.cat([model(input_ids=text_ids, use_cache=False, return_dict=True).logits[0].float() for text_ids in ids])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from posttrain.model.embedded import resolve_model
+from posttrain.model.own_code import is_own_code, own_code
+from posttrain.model.own_tables import fill_tables, settle_ties
 from posttrain.model.quantize import Quantization, quantizing, report
 from posttrain.model.rope import RopeScaling, forget_lengths, scale_rope
 from posttrain.types import UserError
@@ -24,6 +27,7 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 # Tokens that a vocabulary already holds and that no conversation contains, best first.
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>", "<unk>", "<s>")
 OTHER_TOKENS = 0.1  # share of a model's tokens that another tokenizer may name differently and still be its own
+CHAT_MARK = re.compile(r"<\|\w+\|>")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
 
 
@@ -49,7 +53,9 @@ def load_tokenizer(
     """
     folder = resolve_model(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, revision=revision)
+        with own_code(name_or_path):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, revision=revision)
+            tokenizer("a")  # code for an older library loads and then cannot be called
     except (OSError, ValueError) as error:
         nothing = Path(folder).is_dir() and not any(file for name in TOKENIZER_FILES for file in Path(folder).glob(name))
         why = "there is none in this folder" if nothing else _first_line(error)
@@ -59,6 +65,8 @@ def load_tokenizer(
         _repair_eos(tokenizer, name_or_path, _declared_eos(folder))
     if tokenizer.pad_token_id is None:
         _repair_pad(tokenizer, name_or_path)
+    if is_own_code(tokenizer):
+        _repair_marks(tokenizer, name_or_path)
     return tokenizer
 
 
@@ -85,6 +93,15 @@ def _repair_pad(tokenizer: Any, name: str) -> None:
     unused = unused_tokens(tokenizer)
     tokenizer.pad_token = unused[0] if unused else tokenizer.eos_token
     logger.warning("%s: the tokenizer has no padding token; took %r", name, tokenizer.pad_token)
+
+
+def _repair_marks(tokenizer: Any, name: str) -> None:
+    """Let marks such as <|user|> be one token in a text: some own code (ChatGLM) puts them in only as ids."""
+    marks = [(token, number) for token, number in tokenizer.get_vocab().items() if CHAT_MARK.fullmatch(token)]
+    apart = [mark for mark, number in marks if tokenizer(f"a{mark}", add_special_tokens=False)["input_ids"][-1] != number]
+    if apart:
+        tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in apart], special_tokens=True)
+        logger.info("%s: its tokenizer takes marks apart in a text; %s are one token now", name, ", ".join(apart))
 
 
 def unused_tokens(tokenizer: Any) -> list[str]:
@@ -129,7 +146,9 @@ def own_device(device_map: str | dict[str, Any] | None) -> str | dict[str, Any]:
 def read_weights(kind: Any, name_or_path: str, *, drawn: frozenset[str] = frozenset(), **options: Any) -> PreTrainedModel:
     """A model of a class (or an Auto class) from its folder. Raises UserError for weights that are missing, those of `drawn` apart."""
     try:
-        model, info = kind.from_pretrained(resolve_model(name_or_path), output_loading_info=True, **options)
+        with own_code(name_or_path):
+            model, info = kind.from_pretrained(resolve_model(name_or_path), output_loading_info=True, **options)
+            fill_tables(model, set(info["missing_keys"]))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{name_or_path}: cannot load the model ({_first_line(error)})") from error
     except RuntimeError as error:
@@ -140,6 +159,7 @@ def read_weights(kind: Any, name_or_path: str, *, drawn: frozenset[str] = frozen
     if missing := sorted(parameters & set(info["missing_keys"])):
         raise UserError(f"{name_or_path}: {len(missing)} weights are not in the folder, the first is {missing[0]}")
     loaded: PreTrainedModel = model
+    settle_ties(loaded)
     forget_lengths(loaded)
     return loaded
 
@@ -156,7 +176,8 @@ def read_config(name: str, trust_remote_code: bool = False, revision: str = "mai
             raise UserError(f"{name}: holds an adapter, not a model; name its base model, and this folder as the adapter")
         raise UserError(f"{name}: no config.json in it, so it is not a model folder")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, revision=revision)
+        with own_code(name):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name}: cannot read its config ({_first_line(error)}); name a local folder, a model of a reachable hub, or"

@@ -10,6 +10,7 @@ Only the positions asked for are projected, in chunks; peak memory is independen
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -101,7 +102,8 @@ def _token_forward(
         logprobs_N, entropy_N = select_logprobs(logits_NV, targets_N, entropy)
         router_loss = getattr(output, "aux_loss", None) if balanced else None
     else:
-        output = find_decoder(core)(**inputs)
+        decoder = find_decoder(core)
+        output = decoder(**accepted_inputs(decoder, inputs))
         hidden_BTD = output.last_hidden_state
         hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, predict_N)
         head = core.get_output_embeddings()
@@ -113,6 +115,25 @@ def _token_forward(
     if hidden_at_M is not None and hidden_BTD is not None:
         hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, hidden_at_M)
     return TokenLogprobs(logprobs_N, entropy_N, router_loss, hidden_MD)
+
+
+def accepted_inputs(decoder: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs without positions and mask where the decoder of a model's own code knows neither (Baichuan-13B, which has ALiBi).
+
+    Only where it computes the same: positions that count from 0, and padding on the right, which no token before it attends to.
+    """
+    known = inspect.signature(decoder.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return inputs
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    needless = set()
+    if positions is not None:
+        counted = positions == torch.arange(positions.shape[-1], device=positions.device)
+        if bool((counted if mask is None else counted | (mask == 0)).all()):
+            needless.add("position_ids")
+    if mask is not None and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        needless.add("attention_mask")
+    return {name: value for name, value in inputs.items() if name in known or name not in needless}
 
 
 def _probe(core: PreTrainedModel, run: Callable[..., Any]) -> Logprobs:

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.model.attention import find_decoder, unwrap
 from posttrain.model.boundary import StateCache, install_boundary
+from posttrain.model.logprobs import accepted_inputs
 from posttrain.types import Half, PackedBatch
 
 POLICY = "default"  # peft's name for the first adapter: it is saved at the top of the folder, where any tool looks
@@ -111,13 +112,14 @@ class PolicyAndValue(nn.Module):
 
 def hidden_states(role: Role, inputs: dict[str, Any], at_M: Tensor, states: StateCache | None = None) -> Tensor:
     """The role's last hidden states at flat positions, (M, D); from `states` on, where those of all rows are there."""
+    decoder = find_decoder(unwrap(role.model))
     if states is None or not _hands_on(role):
         with active(role):
-            output = find_decoder(unwrap(role.model))(**inputs, **_riding(role))
+            output = decoder(**accepted_inputs(decoder, inputs), **_riding(role))
     else:
         boundary = states.begin(inputs)
         with active(role):
-            output = find_decoder(unwrap(role.model))(**inputs, **_riding(role), boundary=boundary)
+            output = decoder(**inputs, **_riding(role), boundary=boundary)
         states.keep(inputs, boundary)
     return output.last_hidden_state.flatten(0, 1).index_select(0, at_M)
 

@@ -70,9 +70,14 @@ def rope_scaling(config: Any) -> dict[str, Any] | None:
     return {"rope_type": settings["rope_type"], "factor": float(settings["factor"])}
 
 
+def own_positions(config: Any) -> int | None:
+    """The positions that a model's own code computes and no more (ChatGLM); None for other models."""
+    return getattr(config, "seq_length", None) if getattr(config, "auto_map", None) else None
+
+
 def context_tokens(config: Any) -> int | None:
     """The longest text that a model reads, prompt and answer together; None where its config does not say."""
-    longest: int | None = getattr(config, "max_position_embeddings", None)
+    longest: int | None = getattr(config, "max_position_embeddings", None) or own_positions(config)
     scaling = rope_scaling(config)
     if longest and scaling and scaling["rope_type"] == "dynamic":
         return int(longest * scaling["factor"])  # its config keeps the trained length, which the base is derived from

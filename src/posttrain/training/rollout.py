@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from posttrain.model.attention import evaluation, unwrap
+from posttrain.model.own_generation import keeps_cache, pads_left
 from posttrain.training.decode import Continuation, can_continue, chooser, decode, left_pad, prefilled
 from posttrain.training.decode_graph import Recorder
 from posttrain.types import UserError
@@ -104,7 +105,7 @@ def generate(
     order = sorted(
         range(len(prompts)), key=lambda i: -len(prompts[i])
     )  # the longest first: memory that does not suffice shows early
-    batch_prompts = max(1, settings.batch_rows // settings.num_generations)
+    batch_prompts = max(1, settings.batch_rows // settings.num_generations) if pads_left(model) else 1
     answers: dict[int, list[list[int]]] = {}
     choose = chooser(settings.temperature, settings.top_k, settings.top_p)
     recorder = Recorder(model, choose, settings.stop_ids)
@@ -164,6 +165,7 @@ def _library(model: nn.Module, prompts: list[list[int]], settings: Sampling, see
         num_return_sequences=settings.num_generations if sampled else 1,
         eos_token_id=list(settings.stop_ids) or None,
         pad_token_id=settings.pad_id,
+        use_cache=keeps_cache(model),
     )
     with torch.random.fork_rng(devices=[core.device] if core.device.type == "cuda" else []):
         torch.manual_seed(seed)
