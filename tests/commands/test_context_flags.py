@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from posttrain.cli import main
+from posttrain.model import noise
+from posttrain.model.noise import example_lengths
 from preference_runs import WEIGHTS, digest, logged, pairs, run, words, write, young_garbage
 
 pytestmark = pytest.mark.usefixtures(young_garbage.__name__)
@@ -43,6 +45,27 @@ def test_noise_is_the_same_after_a_resume(chats: dict[str, Any], tmp_path: Path,
     run("sft", whole, **common, resume_from_checkpoint="True")
     assert digest(whole / WEIGHTS[0]) == before
     assert digest(run("sft", tmp_path / "silent", **{**common, "neft_alpha": 0}) / WEIGHTS[0]) != before
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_noise_with_shifted_attention(
+    stage: str, chats: dict[str, Any], two_answers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise is scaled by the lengths of whole examples, not by those of the groups."""
+    lengths: list[int] = []
+
+    def measured(table: Any, device: Any) -> Any:
+        found = example_lengths(table, device)
+        lengths.extend(found[0].tolist())
+        return found
+
+    monkeypatch.setattr(noise, "example_lengths", measured)
+    flags = {**(chats if stage == "sft" else two_answers), "shift_attn": True, "shift_group_tokens": 8}
+    silent = run(stage, tmp_path / "silent", **flags, max_steps=1)
+    assert not lengths
+    noisy = run(stage, tmp_path / "noisy", **flags, max_steps=1, neft_alpha=5)
+    assert max(lengths) > 16
+    assert logged(noisy, "loss") != logged(silent, "loss")
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo"])

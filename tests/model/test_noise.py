@@ -12,6 +12,7 @@ from torch import Tensor
 from conftest import tiny_llama
 from posttrain.model.attention import enable_segments
 from posttrain.model.noise import example_lengths, install_noise
+from posttrain.model.shifted import install_shift
 from posttrain.types import Segment, SegmentTable
 
 ALPHA, WIDTH = 5.0, 32
@@ -61,6 +62,20 @@ def test_each_packed_example_has_noise_of_its_own_length() -> None:
     ids = torch.randint(4, 400, (1, 500))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     noise = captured(noisy(), input_ids=ids, position_ids=positions, segments=table(*lengths))
+    for part, length in zip(noise[0].split(lengths), lengths, strict=True):
+        is_uniform(part, ALPHA / (length * WIDTH) ** 0.5)
+
+
+def test_shifted_groups_do_not_shorten_an_example() -> None:
+    """α/√(L·d) with the L of the whole example, which is cut into groups of 8 and of 4 and 8; and the groups are there."""
+    model = tiny_llama()
+    assert install_shift(model, 8, enable_segments(model)) == ""
+    install_noise(model, ALPHA)
+    torch.manual_seed(0)
+    lengths = (25, 400, 75)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    row = {"input_ids": torch.randint(4, 400, (1, 500)), "position_ids": positions, "segments": table(*lengths)}
+    noise = captured(model.train(), **row)
     for part, length in zip(noise[0].split(lengths), lengths, strict=True):
         is_uniform(part, ALPHA / (length * WIDTH) ** 0.5)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.model.attention import find_decoder, unwrap
+from posttrain.model.segments import ShiftedSegments
 from posttrain.types import SegmentTable
 
 
@@ -16,8 +17,9 @@ def install_noise(model: nn.Module, alpha: float) -> None:
     """Let the input embedding of a model (inside a PEFT wrapper or not) add U(−1, 1) · α/√(L·d) to what it gives in training mode.
 
     d is the width and L the length of the example that the token belongs to: of its segments under packing, of the row without
-    padding otherwise. Drawn from torch's global random state, so that a resumed run draws the same. In evaluation mode (and so in
-    the reference pass of DPO) nothing is added. The prompt that two answers share counts with the longer one.
+    padding otherwise; groups of shifted attention do not cut it. Drawn from torch's global random state, so that a resumed run draws
+    the same. In evaluation mode (and so in the reference pass of DPO) nothing is added. The prompt that two answers share counts with
+    the longer one.
     """
     core = unwrap(model)
     noise = _Noise(alpha)
@@ -41,7 +43,8 @@ class _Noise:
         segments, mask_BT = kwargs.get("segments"), kwargs.get("attention_mask")
         device = next(module.parameters()).device
         if segments is not None:
-            self.length_BT = example_lengths(segments, device)
+            table = segments.whole if isinstance(segments, ShiftedSegments) else segments
+            self.length_BT = example_lengths(table, device)
         elif mask_BT is not None and mask_BT.ndim == 2:
             self.length_BT = mask_BT.sum(1, keepdim=True).clamp(min=1)
 

@@ -17,10 +17,15 @@ class MisfitError(ValueError):
 
 @dataclass(frozen=True)
 class ShiftedSegments:
-    """What rides through the forward in place of a segment table: the table of the first half of the heads, and of the second."""
+    """What rides through the forward in place of a segment table.
+
+    straight, shifted  the table of the first half of the heads, and of the second: cut into groups
+    whole              the row's own table, by which lengths of examples are told
+    """
 
     straight: SegmentTable
     shifted: SegmentTable
+    whole: SegmentTable
 
 
 class Locality(NamedTuple):

@@ -20,9 +20,9 @@ from posttrain.types import Segment, SegmentTable
 
 @functools.lru_cache(maxsize=1)
 def shift_segments(table: SegmentTable, group_tokens: int) -> ShiftedSegments:
-    """The two tables of a packed row."""
+    """The two tables of a packed row, and its own."""
     half = group_tokens // 2
-    return ShiftedSegments(group_segments(table, group_tokens, 0), group_segments(table, group_tokens, half))
+    return ShiftedSegments(group_segments(table, group_tokens, 0), group_segments(table, group_tokens, half), table)
 
 
 def group_segments(table: SegmentTable, group_tokens: int, offset: int) -> SegmentTable:
