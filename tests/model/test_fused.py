@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from posttrain.model import fused_functions
-from posttrain.model.fused import fuse
+from posttrain.model.fused import FEW_ROWS, fuse
+from posttrain.model.fused_functions import GatedMlpFunction, LoraLinearFunction, RmsNormFunction
 
 IDS = torch.randint(1, 96, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -60,6 +61,23 @@ def test_all_weights_trained() -> None:
     before = run(model)
     assert "2 × gated MLP" in fuse(model)
     assert_same(model, before, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # the second has biases
+@pytest.mark.parametrize("autocast", [False, True])
+def test_few_rows_without_gradients_take_the_short_way(family: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token of each sequence: the same numbers, and no autograd function."""
+    model = adapted(family).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = model(input_ids=IDS[:, :1]).logits.float()
+        fuse(model)
+        for function in (LoraLinearFunction, GatedMlpFunction, RmsNormFunction):
+            monkeypatch.setattr(function, "apply", None)
+        got = model(input_ids=IDS[:, :1]).logits.float()
+    assert float((got - expected).norm() / expected.norm()) <= (2e-2 if autocast else 1e-5)
+    many = torch.zeros(1, FEW_ROWS + 1, dtype=torch.long)
+    with torch.no_grad(), pytest.raises(TypeError):
+        model(input_ids=many)
 
 
 def test_what_is_replaced() -> None:

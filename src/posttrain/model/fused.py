@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -22,6 +23,9 @@ from posttrain.model import fused_cuda, lora_forward
 from posttrain.model.fused_functions import GatedMlpFunction, LoraLinearFunction, RmsNormFunction, Weights
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+FEW_ROWS = (
+    64  # a token of so many sequences: there, without gradients, what surrounds the products costs more than passes over memory
+)
 
 
 def fuse(model: nn.Module, device: str = "cpu") -> str:
@@ -132,7 +136,25 @@ def _linear_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if found is None or dtype is None:
         return lora_forward._forward(self, x, *args, **kwargs)
     with torch.autocast("cpu", enabled=False):
+        if _is_few(x):
+            return _linear(x.to(dtype), *found)
         y: Tensor = LoraLinearFunction.apply(x.flatten(0, -2), dtype, found[1], *found[0])
+    return y.unflatten(0, x.shape[:-1])
+
+
+def _is_few(x: Tensor) -> bool:
+    """Whether to take the shortest way instead of that of few passes over memory."""
+    return not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+def _linear(x: Tensor, weights: Weights, scaling: float) -> Tensor:
+    """W x + b + s·U (D x), plainly, in the type of x."""
+    dtype, rows = x.dtype, x.flatten(0, -2)
+    weight, bias, down, up = (None if w is None else w.to(dtype) for w in weights)
+    assert weight is not None
+    y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    if down is not None and up is not None:
+        y.addmm_(torch.mm(rows, down.t()), up.t(), alpha=scaling)
     return y.unflatten(0, x.shape[:-1])
 
 
@@ -154,12 +176,16 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
         return usual
     tensors = [tensor for weights, _ in found for tensor in weights]
     with torch.autocast("cpu", enabled=False):
+        if _is_few(x):
+            gate, up, down = found
+            x = x.to(dtype)
+            return _linear(functional.silu(_linear(x, *gate), inplace=True).mul_(_linear(x, *up)), *down)
         y: Tensor = GatedMlpFunction.apply(x.flatten(0, -2), dtype, tuple(scaling for _, scaling in found), *tensors)
     return y.unflatten(0, x.shape[:-1])
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    if hidden_states.device.type != "cpu":
+    if hidden_states.device.type != "cpu" or _is_few(hidden_states):
         usual: Tensor = type(self).forward(self, hidden_states)
         return usual
     with torch.autocast("cpu", enabled=False):
