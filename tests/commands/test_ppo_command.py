@@ -165,6 +165,8 @@ def test_a_checkpoint_of_other_weights_or_another_stage_is_refused(
 ) -> None:
     out = run(tmp_path / "run", **base, save_steps=2)
     line = fails(capsys, out, **base, resume_from_checkpoint=out / "checkpoint-2", lora_rank=4)
+    assert "its adapter was trained with --lora_rank 8, this run has --lora_rank 4" in line
+    line = fails(capsys, out, **base, resume_from_checkpoint=out / "checkpoint-2", value_sharing="trunk")
     assert "its weights are of another kind" in line
     line = fails(capsys, out, **{**base, "max_steps": 1}, resume_from_checkpoint="auto")
     assert f"--max_steps 1: {out / 'checkpoint-2'} is beyond it" in line

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +105,23 @@ def test_prompt_that_opens_a_thought_the_turn_does_not_have() -> None:
     tokenizer = own(template, *MARKS)
     with pytest.raises(RowError, match=r"f:7:messages\[1\]: the tokenizer's own template renders this turn in another way"):
         encode_chat(tokenizer, Chat(THINKING, "f:7"))
+
+
+def test_a_chosen_file_is_named(tmp_path: Path) -> None:
+    """Also from a process that has the tokenizer alone; and not once another template is taken."""
+    file = tmp_path / "mute.jinja"
+    file.write_text(CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"))
+    tokenizer, chat = make_tokenizer("byte_level"), Chat((Message("system", "Be brief."), *TALK), "f:3")
+    tokenizer.add_special_tokens({"extra_special_tokens": list(MARKS)})
+    apply_template(tokenizer, str(file))
+    for own_or_sent in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        with pytest.raises(RowError, match=rf"messages\[0\]: the template {file} leaves out 'Be brief.'"):
+            encode_chat(own_or_sent, chat)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert not any("mute.jinja" in saved.read_text() for saved in (tmp_path / "saved").iterdir())
+    apply_template(tokenizer, None)
+    with pytest.raises(RowError, match=r"the tokenizer's own template leaves out 'Be brief.'"):
+        encode_chat(tokenizer, chat)
 
 
 def test_no_template_stops_at_eos() -> None:

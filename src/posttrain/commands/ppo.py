@@ -37,7 +37,7 @@ from posttrain.training.audit import Audit
 from posttrain.training.engine_setup import read_settings
 from posttrain.training.engines import RolloutEngine, TorchEngine, VllmEngine
 from posttrain.training.episodes import Episode
-from posttrain.training.job import agreed_checkpoint, connect, leave_at_exit, lost_connection_told
+from posttrain.training.job import agreed_checkpoint, connect, leave_at_exit, lost_connection_told, start_over
 from posttrain.training.ppo import Loop, Plan, train
 from posttrain.training.ppo_rollout import RewardShape
 from posttrain.training.ppo_state import load_checkpoint, save_policy, save_value, whole
@@ -49,7 +49,7 @@ from posttrain.types import UserError
 
 SOURCES = (
     "model_name_or_path", "tokenizer_name_or_path", "peft_path", "train_file_dir", "validation_file_dir", "dataset_name",
-    "reward_adapter", "reward_model_name_or_path",
+    "reward_adapter", "reward_model_name_or_path", "cache_dir",
 )  # fmt: skip
 ROLLOUT_ROWS = 64  # answers decoded at once
 
@@ -75,9 +75,10 @@ def run_connected(config: Config, accelerator: Accelerator) -> None:
     """prompts → policy, value, reference, reward → the loop → artifacts."""
     folder = Path(config["output_dir"])
     checkpoint = agreed_checkpoint(folder, config["resume_from_checkpoint"])
+    resuming = artifacts.resumes(config["resume_from_checkpoint"])
     if accelerator.is_main_process:
         named = {f"--{name}": config[name] for name in SOURCES}
-        artifacts.open_run_folder(folder, config["overwrite_output_dir"], bool(config["resume_from_checkpoint"]), named)
+        artifacts.open_run_folder(folder, config["overwrite_output_dir"], resuming, named)
     say(f"posttrain ppo: settings that are not defaults\n{config.table()}")
     tokenizer = load_tokenizer(config["tokenizer_name_or_path"] or config["model_name_or_path"], **source(config))
     say(f"template: {apply_template(tokenizer, config['template_name']).name}")
@@ -88,6 +89,7 @@ def run_connected(config: Config, accelerator: Accelerator) -> None:
     check_lengths(config, actors.trained.policy_model, (prompts.train, prompts.validation), answer_tokens=answer_tokens)
     reporter = Reporter(folder, accelerator, config["save_total_limit"], tokenizer)
     loop = build_loop(config, accelerator, actors, prompts, tokenizer, reporter)
+    start_over(folder, config["overwrite_output_dir"] and not resuming, accelerator.is_main_process)
     if accelerator.is_main_process:
         parents = {name: artifacts.parent(config[flag], _local(config[flag])) for name, flag in PARENTS.items() if config[flag]}
         artifacts.write_run(folder, "ppo", config.saved(), parents=parents, resumed_from=checkpoint)

@@ -35,15 +35,18 @@ from posttrain.training.audit import GradientAudit
 from posttrain.training.batches import Groups
 from posttrain.training.callbacks import MetricsFile, Progress
 from posttrain.training.engine_setup import check_layout, load_whole, shard
-from posttrain.training.job import agreed_checkpoint, connect, leave_at_exit, lost_connection_told
+from posttrain.training.job import agreed_checkpoint, connect, leave_at_exit, lost_connection_told, start_over
 from posttrain.training.reference import ReferencePass
 from posttrain.training.resolve import HELD_OUT_FLAGS, check_steps, resolve, training_arguments
 from posttrain.training.resolve_context import row_tokens
+from posttrain.training.resume import check_weights
 from posttrain.training.token_scores import Scorer, chosen_statistics, write_bias
 from posttrain.training.trainer import ObjectiveTrainer, TrainingData, use_callbacks
 from posttrain.types import Stage, UserError
 
-SOURCES = ("model_name_or_path", "tokenizer_name_or_path", "peft_path", "train_file_dir", "validation_file_dir", "dataset_name")
+SOURCES = (
+    "model_name_or_path", "tokenizer_name_or_path", "peft_path", "train_file_dir", "validation_file_dir", "dataset_name", "cache_dir",
+)  # fmt: skip
 
 
 def run(config: Config) -> None:
@@ -63,10 +66,11 @@ def run_connected(config: Config, args: TrainingArguments) -> None:
     folder = Path(config["output_dir"])
     checkpoint = agreed_checkpoint(folder, config["resume_from_checkpoint"])
     check_layout(checkpoint, args)
+    resuming = artifacts.resumes(config["resume_from_checkpoint"])
     if args.should_save:  # the first process, or with --save_on_each_node that of each node
         sources = {f"--{name}": config[name] for name in SOURCES}
-        artifacts.open_run_folder(folder, config["overwrite_output_dir"], bool(config["resume_from_checkpoint"]), sources)
-    for unfinished in artifacts.cut_short(folder) if config["resume_from_checkpoint"] else ():
+        artifacts.open_run_folder(folder, config["overwrite_output_dir"], resuming, sources)
+    for unfinished in artifacts.cut_short(folder) if resuming else ():
         say(f"{folder / unfinished}: cut short before it was whole, passed over")
     say(f"posttrain {config.command}: settings that are not defaults\n{config.table()}")
     tokenizer = load_tokenizer(config["tokenizer_name_or_path"] or config["model_name_or_path"], **source(config))
@@ -76,11 +80,13 @@ def run_connected(config: Config, args: TrainingArguments) -> None:
     report_data(config, train, held_out, tokenizer)
     set_seed(config["seed"])  # before anything is drawn: a new adapter starts from the seed
     model = build_model(config, tokenizer)
+    check_weights(checkpoint, model)
     check_lengths(config, model, (train, held_out))
     parents = {"base": artifacts.parent(config["model_name_or_path"], resolve_model(config["model_name_or_path"]))}
     if config["peft_path"]:
         parents["adapter"] = artifacts.parent(config["peft_path"], config["peft_path"])
     trainer = build_trainer(config, args, model, (train, held_out), tokenizer, parents)
+    start_over(folder, config["overwrite_output_dir"] and not resuming, args.should_save)
     if args.should_save:
         artifacts.write_run(folder, config.command, config.saved(), parents=parents, resumed_from=checkpoint)
         if isinstance(train, LoadedRows):

@@ -21,7 +21,7 @@ from jinja2 import TemplateSyntaxError
 
 from posttrain.data.chat_render import RENDER_ERRORS, find_stops, message_dicts, render, set_stop_tokens, stop_token_ids
 from posttrain.data.chat_tokens import continuation_ids, text_ids, tokenise
-from posttrain.data.template_files import DEFAULT, Template, label, list_templates, load_template
+from posttrain.data.template_files import DEFAULT, OWN, Template, label, list_templates, load_template
 from posttrain.types import Chat, Message, Pair, Prompt, RowError, UserError
 
 __all__ = [
@@ -74,6 +74,8 @@ def apply_template(tokenizer: Any, template_name: str | None) -> Template:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = template.chat_template
+    # A file's text bears no name, and the processes that prepare rows get the tokenizer alone.
+    tokenizer.chosen_template = None if template_name is None else template.name
     if template.drops_foreign_bos and not _adds_bos(tokenizer):
         tokenizer.chat_template = f"{{%- set bos_token = '' -%}}\n{template.chat_template}"
     try:
@@ -207,7 +209,7 @@ def _answer_text(tokenizer: Any, chat: Chat, dicts: list[dict[str, Any]], i: int
     full = _render(tokenizer, chat, dicts[: i + 1], i, prompt=False)
     text = full[len(prompt) :] if full.startswith(prompt) else _after_question(full, prompt, chat.messages[i - 1].content, parts)
     if text is None:
-        reason = f"the {label(tokenizer.chat_template)} renders this turn in another way than its prompt begins it"
+        reason = f"the {_label(tokenizer)} renders this turn in another way than its prompt begins it"
         raise RowError(chat.source, f"messages[{i}]", f"{reason} (…{prompt[-20:]!r}); choose another with --template_name")
     ends = [at + len(stop) for stop in stops.texts if (at := text.find(stop)) >= 0]
     text = text[: min(ends)] if ends else text + (stops.after_call if message.tool_calls else stops.after_answer)
@@ -238,7 +240,7 @@ def _render(tokenizer: Any, chat: Chat | Prompt, turns: list[dict[str, Any]], i:
     try:
         return render(tokenizer, turns, chat.tools, prompt=prompt)
     except RENDER_ERRORS as error:
-        reason = f"the {label(tokenizer.chat_template)} cannot render the chat up to here: {error}"
+        reason = f"the {_label(tokenizer)} cannot render the chat up to here: {error}"
         raise RowError(chat.source, f"messages[{i}]", reason) from error
 
 
@@ -247,8 +249,14 @@ def _require(tokenizer: Any, chat: Chat | Prompt, text: str, field: str, parts: 
     for part in parts:
         if _lacks(text, part):
             what = " ".join(part.split())[:40]
-            reason = f"the {label(tokenizer.chat_template)} leaves out {what!r}; choose one that renders it with --template_name"
+            reason = f"the {_label(tokenizer)} leaves out {what!r}; choose one that renders it with --template_name"
             raise RowError(chat.source, field, reason)
+
+
+def _label(tokenizer: Any) -> str:
+    """How to name the template that rows are rendered by to the user."""
+    found, chosen = label(tokenizer.chat_template), getattr(tokenizer, "chosen_template", None)
+    return f"template {chosen}" if chosen and found == OWN else found
 
 
 def _lacks(text: str, part: str) -> bool:

@@ -25,6 +25,7 @@ from posttrain.types import UserError
 
 FOLDER = Path(__file__).parent / "templates"
 DEFAULT = "vicuna"
+OWN = "tokenizer's own template"  # or a file without a header, whose text does not tell
 _HEADER = re.compile(r"\A\s*\{#-?(.*?)-?#\}\s*", re.DOTALL)
 _INCLUDE = re.compile(r"\{#- include (\w+) -#\}")
 _MARK = re.compile(r"\{#- posttrain template: (.*?) -#\}")
@@ -84,7 +85,7 @@ def _named() -> dict[str, Template]:
 def label(chat_template: str | dict[str, str] | None) -> str:
     """How to name a tokenizer's template to the user."""
     found = _MARK.search(chat_template) if isinstance(chat_template, str) else None
-    return f"template {found.group(1)}" if found else "tokenizer's own template"
+    return f"template {found.group(1)}" if found else OWN
 
 
 def _read(path: Path) -> str:

@@ -227,6 +227,9 @@ class TextFlags:
 class RunFlags:
     """Run folder"""
 
-    overwrite_output_dir: bool = flag(False, "Start over in an --output_dir that already holds a run. Its files are removed.")
+    overwrite_output_dir: bool = flag(
+        False,
+        "Start over in an --output_dir that already holds a run. Its files are removed once the new one's model and rows are loaded.",
+    )
     logging_dir: str | None = flag(None, "Folder of the TensorBoard logs. [default: logs under --output_dir]")
     audit: bool = flag(True, "After step 3, check that every trainable tensor moved and every frozen one did not.")

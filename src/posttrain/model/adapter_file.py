@@ -47,6 +47,13 @@ def names_single_experts(path: str) -> bool:
     return any(re.search(r"\.experts\.\d+\.", name) for name in names)
 
 
+def adapted_layers(path: str) -> set[str]:
+    """Names of the layers that the tensors are for, as peft's model calls them."""
+    file = Path(path) / WEIGHTS
+    names = safe_open(file, "pt").keys() if file.is_file() else read_adapter_weights(path)
+    return {name.partition(".lora_A.")[0] for name in names if ".lora_A." in name}
+
+
 @contextlib.contextmanager
 def layers_by_name(unless: bool = False) -> Iterator[None]:
     """Inside, peft puts matrices on the layers that are named.

@@ -33,38 +33,57 @@ def json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def open_run_folder(folder: Path, overwrite: bool, resuming: bool, sources: Mapping[str, str | None] | None = None) -> None:
-    """Make `folder` ready. UserError when it already holds a run and the user neither resumes nor overwrites it.
+    """Make `folder` where there is none. UserError when it already holds a run and the user neither resumes nor overwrites it.
 
+    Nothing is deleted yet: see `remove_run`.
     sources  flag → what the run is made from (several: a,b,c); overwriting never deletes one of them
     """
     if folder.is_file():
         raise UserError(f"--output_dir {folder}: is a file")
-    holds_run = any((folder / name).exists() for name in (RUN_FILE, "metrics.jsonl", "trainer_state.json"))
-    holds_run = holds_run or any(folder.glob("checkpoint-*"))
-    if holds_run and not resuming:
+    if holds_run(folder) and not resuming:
         if not overwrite:
             raise UserError(
                 f"--output_dir {folder} already holds a run: go on with --resume_from_checkpoint auto, start over with"
                 " --overwrite_output_dir True, or name another folder"
             )
         _check_sources(folder, sources or {})
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def remove_run(folder: Path) -> None:
+    """Delete a folder that holds a run, and make it anew."""
+    if holds_run(folder):
+        shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has written into the folder."""
+    return any((folder / name).exists() for name in (RUN_FILE, "metrics.jsonl", "trainer_state.json")) or any(
+        folder.glob("checkpoint-*")
+    )
 
 
 def _check_sources(folder: Path, sources: Mapping[str, str | None]) -> None:
     for flag, names in sources.items():
         for name in (names or "").split(","):
             path = Path(name.strip()).expanduser()
-            if name.strip() and path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            there = path.exists() or flag == "--cache_dir"  # which this run would make
+            if name.strip() and there and path.resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"--overwrite_output_dir would delete {flag} {name.strip()}: name another --output_dir")
+
+
+def resumes(wanted: str | None) -> bool:
+    """Whether --resume_from_checkpoint asks to go on: it may say False."""
+    return wanted is not None and wanted.lower() != "false"
 
 
 def find_checkpoint(folder: Path, wanted: str | None) -> str | None:
     """The checkpoint to go on from. `auto`: the last whole one if there is any; `True`: it must exist; else a path."""
-    if wanted is None or wanted.lower() == "false":
+    if wanted is None or not resumes(wanted):
         return None
     if wanted.lower() not in ("auto", "true"):
+        _check_no_run(folder, wanted)
         if not Path(wanted, "trainer_state.json").is_file():
             raise UserError(f"--resume_from_checkpoint {wanted}: not a checkpoint folder (it has no trainer_state.json)")
         return _with_state(wanted)
@@ -72,6 +91,19 @@ def find_checkpoint(folder: Path, wanted: str | None) -> str | None:
     if not whole and wanted.lower() == "true":
         raise UserError(f"--resume_from_checkpoint True: no whole checkpoint in {folder}")
     return _with_state(str(whole[max(whole)])) if whole else None
+
+
+def _check_no_run(folder: Path, wanted: str) -> None:
+    """UserError where the folder that is to be gone on from is that of a run."""
+    named = Path(wanted)
+    if not (named / RUN_FILE).is_file() and not any(named.glob("checkpoint-*")):
+        return
+    whole = whole_checkpoints(named)
+    what = "it has no whole checkpoint, so there is nothing to go on from"
+    if whole:
+        auto = ", or give auto" if named.resolve() == folder.resolve() else ""
+        what = f"name its last checkpoint, {whole[max(whole)]}{auto}"
+    raise UserError(f"--resume_from_checkpoint {wanted}: is the folder of a run, not a checkpoint; {what}")
 
 
 def whole_checkpoints(folder: Path) -> dict[int, Path]:

@@ -14,10 +14,11 @@ from pathlib import Path
 from uuid import uuid4
 
 import psutil
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import distributed
 
-from posttrain.training.artifacts import find_checkpoint, whole_checkpoints
+from posttrain.training.artifacts import find_checkpoint, remove_run, resumes, whole_checkpoints
 from posttrain.types import UserError
 
 # What torch says of a connection that broke, beside its own error classes: gloo raises a plain RuntimeError.
@@ -133,7 +134,7 @@ def agreed_checkpoint(folder: Path, wanted: str | None) -> str | None:
         found = find_checkpoint(folder, wanted)
     except UserError as error:
         trouble = str(error)
-    named = wanted is not None and wanted.lower() not in ("auto", "true", "false")
+    named = wanted is not None and resumes(wanted) and wanted.lower() not in ("auto", "true")
     own = {} if found is None else {_step(found): found} if named else {k: str(c) for k, c in whole_checkpoints(folder).items()}
     seen: list[tuple[set[int], str]] = gather_object([(set(own), trouble)])
     for rank, (_, other) in enumerate(seen):
@@ -147,6 +148,20 @@ def agreed_checkpoint(folder: Path, wanted: str | None) -> str | None:
             " share no file system, copy the folder to every node, or (not in ppo) train with --save_on_each_node True"
         )
     return own[max(shared)] if shared else None
+
+
+def start_over(folder: Path, overwrite: bool, writes: bool) -> None:
+    """Delete the old run, once every process has loaded and accepted what the new one needs. A collective.
+
+    writes  whether this process is the one that writes into `folder`
+    """
+    if not overwrite:
+        return
+    state = PartialState()
+    state.wait_for_everyone()
+    if writes:
+        remove_run(folder)
+    state.wait_for_everyone()  # where nodes share a file system, none has written by then
 
 
 def _step(checkpoint: str) -> int:

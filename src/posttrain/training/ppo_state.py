@@ -16,12 +16,12 @@ from torch.nn import Parameter
 
 from posttrain.model.policy_value import POLICY, PolicyAndValue
 from posttrain.training.ppo import Loop
+from posttrain.training.resume import STATE_FILE, check_weights, follow_schedule
 from posttrain.types import UserError
 
 TRAINED_FILE = "trained.safetensors"  # every trainable tensor: policy, value and value head
 SCHEDULE_FILE = "scheduler.pt"
 _POLICY = "policy_model."
-STATE_FILE = "trainer_state.json"  # written last: what marks a checkpoint as whole
 
 
 def save_checkpoint(loop: Loop, folder: Path, limit: int | None, tokenizer: Any) -> None:
@@ -40,7 +40,7 @@ def save_checkpoint(loop: Loop, folder: Path, limit: int | None, tokenizer: Any)
         torch.save(loop.schedule.state_dict(), target / SCHEDULE_FILE)
         torch.save(torch.get_rng_state(), target / "rng_state.pth")
         state = {"global_step": loop.step, "kl": loop.kl.state_dict(), "guards": loop.guards and loop.guards.state_dict()}
-        state["layout"] = loop.engine.name
+        state |= {"layout": loop.engine.name, "max_steps": loop.plan.max_steps}
         (target / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         if limit is not None:
             known = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
@@ -62,6 +62,7 @@ def load_checkpoint(loop: Loop, checkpoint: str) -> None:
         raise UserError(
             f"--max_steps {loop.plan.max_steps}: {checkpoint} is beyond it; ask for more, or name an earlier checkpoint"
         )
+    check_weights(checkpoint, loop.trained.policy_model)
     saved, own = load_file(folder / TRAINED_FILE), dict(_trainable(loop.trained))
     if saved.keys() != own.keys() or any(saved[name].shape != _shape(own[name]) for name in own):
         raise UserError(f"{checkpoint}: its weights are of another kind than this run's: use the flags that it was started with")
@@ -69,6 +70,7 @@ def load_checkpoint(loop: Loop, checkpoint: str) -> None:
         loop.engine.put(parameter, saved[name])
     loop.engine.load_optimizer(folder)
     loop.schedule.load_state_dict(torch.load(folder / SCHEDULE_FILE, weights_only=True))
+    follow_schedule(loop.schedule, checkpoint, loop.plan.max_steps)
     torch.set_rng_state(torch.load(folder / "rng_state.pth", weights_only=True))
     loop.step = state["global_step"]
     loop.kl.load_state_dict(state["kl"])

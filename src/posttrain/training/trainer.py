@@ -21,6 +21,7 @@ from posttrain.data.pack_stream import PackedStream
 from posttrain.training.batches import Batches, EpochLoader, Groups, loader, stream_loader
 from posttrain.training.engine_setup import fsdp_on_cpu, unfinished, without_tied, write_layout
 from posttrain.training.resolve import HELD_OUT_FLAGS
+from posttrain.training.resume import follow_schedule
 from posttrain.training.sums import Sums, averages
 from posttrain.types import Objective, PackedBatch, UserError
 
@@ -274,6 +275,7 @@ class ObjectiveTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        follow_schedule(self.lr_scheduler, checkpoint, self.state.max_steps)
         sums = Path(checkpoint, SUMS_FILE)
         if sums.is_file() and self.args.process_index == 0:
             saved = json.loads(sums.read_text(encoding="utf-8"))
