@@ -100,6 +100,9 @@ def save_rows(name: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+SETTLE_SECONDS = 2.0  # the contender before has just let go of its memory, and the machine is to look idle
+
+
 def run_contender(
     script: str, name: str, rows_file: Path, steps: int, dtype: str, python: str | Path = sys.executable
 ) -> dict[str, Any]:
@@ -109,7 +112,9 @@ def run_contender(
     if name.startswith("ours"):
         from posttrain.commands.threads import set_waiting  # TRL's environment, where this module is read too, lacks the package
 
+        time.sleep(SETTLE_SECONDS)
         set_waiting(env)  # as the command line does; TRL keeps torch's default, whose threads spin longest
+        print(f"{name}: threads that wait {'spin for a moment' if 'GOMP_SPINCOUNT' in env else 'sleep: the machine is busy'}", flush=True)
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")

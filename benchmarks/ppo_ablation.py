@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "neither whitened": {"whiten_rewards": False, "whiten_advantages": False},
     "value head off (`--vf_coef 0`)": {"vf_coef": 0, "audit": False},
     "value on the policy's hidden states (`--value_sharing trunk`)": {"value_sharing": "trunk"},
+    "the value's last layer alone trains (`--value_layers 1`, of 2)": {"value_layers": 1},
     "no entropy bonus (`--entropy_coef 0`)": {"entropy_coef": 0},
     "strong KL penalty (`--init_kl_coef 0.05`)": {"init_kl_coef": 0.05},
     "one pass over a rollout (`--num_ppo_epochs 1`)": {"num_ppo_epochs": 1},

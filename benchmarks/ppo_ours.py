@@ -78,21 +78,28 @@ def watch(loop: Any, train: Callable[[Any], Any], job: Job, rollouts: int) -> di
 
 
 def count_passes(loop: Any) -> dict[str, Counter[str]]:
-    """Forward passes of the decoder and their tokens, by what they are for and the adapter that is on; filled as the loop runs."""
+    """Forward passes of the decoder and their tokens, by what they are for and the adapter that is on; filled as the loop runs.
+
+    A pass that begins at an upper layer counts for its share of the layers.
+    """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from posttrain.model.attention import find_decoder, unwrap
+    from posttrain.model.boundary import decoder_layers
 
     decoder = find_decoder(unwrap(loop.trained.policy_model))
+    layers = len(decoder_layers(decoder))
     tuner = next(module for module in decoder.modules() if isinstance(module, BaseTunerLayer))
     passes: dict[str, Counter[str]] = {}
 
     def count(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
         adapter = "reference" if tuner._disable_adapters else tuner._active_adapter[0]
         role = "policy" if adapter == loop.trained.policy.adapter else adapter
+        boundary = inputs.get("boundary")
+        share = 1 - boundary.first / layers if boundary is not None and boundary.given else 1
         what = "generate" if inputs.get("use_cache") else "train" if torch.is_grad_enabled() else "measure"
-        passes.setdefault(f"{what} {role}", Counter()).update(passes=1, tokens=inputs["input_ids"].numel())
+        passes.setdefault(f"{what} {role}", Counter()).update(passes=share, tokens=share * inputs["input_ids"].numel())
 
     decoder.register_forward_pre_hook(count, with_kwargs=True)
     return passes
