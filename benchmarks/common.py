@@ -114,7 +114,10 @@ def run_contender(
 
         time.sleep(SETTLE_SECONDS)
         set_waiting(env)  # as the command line does; TRL keeps torch's default, whose threads spin longest
-        print(f"{name}: threads that wait {'spin for a moment' if 'GOMP_SPINCOUNT' in env else 'sleep: the machine is busy'}", flush=True)
+        print(
+            f"{name}: threads that wait {'spin for a moment' if 'GOMP_SPINCOUNT' in env else 'sleep: the machine is busy'}",
+            flush=True,
+        )
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
