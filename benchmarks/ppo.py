@@ -6,9 +6,8 @@
 Each contender runs in a process of its own, one after the other; TRL in an environment of its own, which the first run makes
 under outputs/bench. Ours is the command `posttrain ppo` with its defaults, bar the sizes. Nobody stops: every answer has the same
 number of tokens. All get the same prompts of one length, the same number of episodes a rollout, a minibatch and a micro-batch
-(which TRL's memory follows: see --micro_rows, --trl_rollout_rows; ours cuts it in halves where values have an adapter of their own,
-for policy and value are computed side by side), LoRA on all linear layers of policy and value, and a reward
-model on the same base. An episode's time holds its generation, scoring, log-probs and values, and its share of the updates; the
+(which TRL's memory follows: see --micro_rows, --trl_rollout_rows), LoRA on all linear layers of policy and value, and a reward model on
+the same base. An episode's time holds its generation, scoring, log-probs and values, and its share of the updates; the
 first rollout, which warms up, is left out. Peak memory is the process's largest resident set.
 
     ours        values by an adapter of their own

@@ -194,13 +194,14 @@ def test_sharded_adapters_are_as_one(base: dict[str, Any], tmp_path: Path, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENGINES)
-@pytest.mark.parametrize("mode", ["adapter", "trunk", "all weights", "tied", "checkpointed"])
+@pytest.mark.parametrize("mode", ["adapter", "trunk", "few layers", "all weights", "tied", "checkpointed"])
 def test_every_mode_is_as_one_when_sharded(mode: str, name: str, base: dict[str, Any], tmp_path: Path) -> None:
     if name != "fsdp":
         pytest.importorskip("deepspeed")
     flags = {**base, **SPLIT, "save_steps": 1, "max_steps": 2, **{
         "adapter": {"init_kl_coef": 0.1, "kl_loss_coef": 0.1, "entropy_coef": 0.01},
         "trunk": {"value_sharing": "trunk"},
+        "few layers": {"value_layers": 1},
         "all weights": {"use_peft": False, "learning_rate": 1e-3},
         "tied": {"use_peft": False, "learning_rate": 1e-3, "value_sharing": "trunk"},
         "checkpointed": {"gradient_checkpointing": True},
@@ -211,5 +212,5 @@ def test_every_mode_is_as_one_when_sharded(mode: str, name: str, base: dict[str,
         tmp_path,
         flags,
         [name],
-        n_parameters={"adapter": 79, "trunk": 51, "all weights": 44, "tied": 22, "checkpointed": 79}[mode],
+        n_parameters={"adapter": 79, "trunk": 51, "few layers": 79, "all weights": 44, "tied": 22, "checkpointed": 79}[mode],
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from flag_probes_models import coded_model
 from own_code_models import CODE, old_model
 from posttrain.cli import main
 from posttrain.commands.inference import Answerer, answer
-from posttrain.data.chat_render import render
+from posttrain.data.chat_render import message_dicts, render
 from posttrain.flags import SamplingFlags
 from posttrain.model.adapter import linear_names
 from posttrain.model.attention import enable_segments
@@ -270,6 +272,26 @@ def test_marks_that_own_code_takes_apart_become_one_token(tmp_path: Path) -> Non
     tokenizer = load_tokenizer(str(own_tokenizer(tmp_path / "own")), trust_remote_code=True)
     ids = tokenizer("a<|user|>b</s>", add_special_tokens=False)["input_ids"]
     assert ids == [4 + ord("a") - 32, 3, 4 + ord("b") - 32, 2]
+
+
+def test_only_what_own_code_does_is_laid_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an error of ours that it called, nor one of a class that it only imports."""
+    module: Any = ModuleType("transformers_modules.theirs")
+    exec(
+        "from torch import Tensor\nclass Old: pass\ndef call(inner): return inner(None)\ndef fail(): return Old().gone",
+        vars(module),
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def line_of(failing: Callable[[], Any]) -> str | None:
+        with pytest.raises((AttributeError, TypeError)) as caught:
+            failing()
+        return misfit_line(caught.value)
+
+    assert "'gone' (" in str(line_of(module.fail))
+    assert line_of(lambda: module.call(message_dicts)) is None
+    assert "(theirs.py)" in str(line_of(lambda: module.Old().lost))
+    assert line_of(lambda: torch.zeros(1).lost) is None
 
 
 def test_a_tokenizer_that_loads_and_cannot_be_called_is_one_line(tmp_path: Path) -> None:

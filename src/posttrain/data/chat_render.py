@@ -61,7 +61,8 @@ def render(tokenizer: Any, turns: list[dict[str, Any]], tools: Sequence[dict[str
 
 def _unlisted_marks(tokenizer: Any) -> dict[str, str]:
     """Marks that a tokenizer of a model's own code has as plain properties (ChatGLM): the library gives templates only listed ones."""
-    found = {name: getattr(tokenizer, name, None) for name in MARKS if name not in tokenizer.special_tokens_map}
+    listed = tokenizer.special_tokens_map
+    found = {name: getattr(tokenizer, name, None) for name in MARKS if name not in listed}
     return {name: str(mark) for name, mark in found.items() if mark}
 
 

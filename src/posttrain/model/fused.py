@@ -20,12 +20,10 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from posttrain.model import fused_cuda, lora_forward
-from posttrain.model.fused_functions import GatedMlpFunction, LoraLinearFunction, RmsNormFunction, Weights
+from posttrain.model.fused_functions import GatedMlpFunction, LoraLinearFunction, RmsNormFunction, Weights, affine_map
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-FEW_ROWS = (
-    64  # a token of so many sequences: there, without gradients, what surrounds the products costs more than passes over memory
-)
+FEW_ROWS = 64  # a token of so many sequences: without gradients what surrounds the products then costs more than they do
 
 
 def fuse(model: nn.Module, device: str = "cpu") -> str:
@@ -149,12 +147,9 @@ def _is_few(x: Tensor) -> bool:
 
 def _linear(x: Tensor, weights: Weights, scaling: float) -> Tensor:
     """W x + b + s·U (D x), plainly, in the type of x."""
-    dtype, rows = x.dtype, x.flatten(0, -2)
-    weight, bias, down, up = (None if w is None else w.to(dtype) for w in weights)
-    assert weight is not None
-    y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-    if down is not None and up is not None:
-        y.addmm_(torch.mm(rows, down.t()), up.t(), alpha=scaling)
+    rows = x.flatten(0, -2)
+    y = rows.new_empty(len(rows), len(weights.weight))
+    affine_map(weights, scaling, x.dtype).apply(rows, y)
     return y.unflatten(0, x.shape[:-1])
 
 

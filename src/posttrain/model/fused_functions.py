@@ -73,7 +73,7 @@ class _Map:
         return [None if g is None or w is None else g.to(w.dtype) for g, w in zip(sums, weights, strict=True)]
 
 
-def _map(weights: Weights, scaling: float, dtype: torch.dtype, needs_grad: tuple[bool, ...] = (False,) * 4) -> _Map:
+def affine_map(weights: Weights, scaling: float, dtype: torch.dtype, needs_grad: tuple[bool, ...] = (False,) * 4) -> _Map:
     """The map in `dtype`, with sums for the tensors that need a gradient."""
     weight = weights.weight.to(dtype)
     bias, down, up = (None if w is None else w.to(dtype) for w in (weights.bias, weights.down, _scaled(weights.up, scaling)))
@@ -101,7 +101,7 @@ class LoraLinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, scaling: float, *tensors: Tensor | None) -> Tensor:
         weights = Weights(*tensors)  # type: ignore[arg-type]
         y = x.new_empty(len(x), len(weights.weight), dtype=dtype)
-        low = _map(weights, scaling, dtype).apply(x.to(dtype), y)
+        low = affine_map(weights, scaling, dtype).apply(x.to(dtype), y)
         ctx.dtype, ctx.scaling = dtype, scaling
         ctx.save_for_backward(x, low, *tensors)
         return y
@@ -111,7 +111,7 @@ class LoraLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, low, *tensors = ctx.saved_tensors
         weights = Weights(*tensors)
-        linear = _map(weights, ctx.scaling, ctx.dtype, ctx.needs_input_grad[3:])
+        linear = affine_map(weights, ctx.scaling, ctx.dtype, ctx.needs_input_grad[3:])
         grad_x = linear.back(grad, x.to(ctx.dtype), low)
         return grad_x.to(x.dtype), None, None, *linear.gradients(weights)
 
@@ -121,7 +121,7 @@ class GatedMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, scalings: tuple[float, ...], *tensors: Tensor | None) -> Tensor:
-        gate, up, down = (_map(w, s, dtype) for w, s in zip(_three(tensors), scalings, strict=True))
+        gate, up, down = (affine_map(w, s, dtype) for w, s in zip(_three(tensors), scalings, strict=True))
         gates, ups = (x.new_empty(len(x), len(m.weight), dtype=dtype) for m in (gate, up))
         y = x.new_empty(len(x), len(down.weight), dtype=dtype)
         lows: list[list[Tensor | None]] = [[], [], []]
@@ -143,7 +143,8 @@ class GatedMlpFunction(torch.autograd.Function):
         weights = _three(rest[3:])
         needs = ctx.needs_input_grad[3:]
         gate, up, down = maps = [
-            _map(w, s, ctx.dtype, needs[4 * i : 4 * i + 4]) for i, (w, s) in enumerate(zip(weights, ctx.scalings, strict=True))
+            affine_map(w, s, ctx.dtype, needs[4 * i : 4 * i + 4])
+            for i, (w, s) in enumerate(zip(weights, ctx.scalings, strict=True))
         ]
         grad_x = torch.empty_like(x)
         for part in _blocks(len(x), *maps):

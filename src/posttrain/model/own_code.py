@@ -59,9 +59,12 @@ def misfit_line(error: Exception, name: str = "the model") -> str | None:
 
 
 def _own_place(error: Exception) -> str | None:
-    """File and line of the model's own code that is nearest to the error, if it went through any."""
+    """File and line of the model's own code that is nearest to the error, if it went through any, and not from there into ours."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        if frame.f_globals.get("__name__", "").split(".")[0] == OWN_MODULES:
+        package = frame.f_globals.get("__name__", "").split(".")[0]
+        if package == __name__.split(".")[0]:
+            return None
+        if package == OWN_MODULES:
             return f"{Path(frame.f_code.co_filename).name}, line {line}"
     return None
 
@@ -73,7 +76,9 @@ def _own_class(error: Exception) -> str | None:
     if named is None:
         return None
     own = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == OWN_MODULES]
-    return next((f"{module.__name__.split('.')[-1]}.py" for module in own if hasattr(module, named[1])), None)
+    # Defined there, not imported: Tensor and the like are named in such modules, too.
+    defining = (module for module in own if getattr(getattr(module, named[1], None), "__module__", "") == module.__name__)
+    return next((f"{module.__name__.split('.')[-1]}.py" for module in defining), None)
 
 
 def _written_for(name: str) -> str:

@@ -81,12 +81,8 @@ class PolicyAndValue(nn.Module):
         value_at_M = predict_N if last_S is None else torch.cat([predict_N, last_S])
         logprobs_N = entropy_N = hidden_MD = router_loss = None
         if only != "value":
-            asked: dict[str, Any] = {
-                "predict_N": predict_N,
-                "targets_N": targets_N,
-                "temperature": temperature,
-                "entropy": entropy,
-            }
+            asked: dict[str, Any] = {"predict_N": predict_N, "targets_N": targets_N}
+            asked |= {"temperature": temperature, "entropy": entropy}
             if self.value is None:
                 asked["hidden_at_M"] = value_at_M
             with active(self.policy):
